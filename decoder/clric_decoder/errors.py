@@ -1,0 +1,29 @@
+"""The errors that clric raises on bad input: one base class, one subclass for each thing that a user can mend.
+
+Every message is one line that names the field or the file, the value, the limit, and what to do next.
+"""
+
+
+class ClricError(Exception):
+    """Base class of every error that clric raises on purpose."""
+
+
+class StreamError(ClricError):
+    """A stream that must not be decoded (bitstream_spec.md, "Errors").
+
+    ``kind`` is one of the error classes of the specification, so that programs and the conformance
+    suite need not read messages: ``magic``, ``version``, ``truncated``, ``checksum``, ``field``,
+    ``unsupported``, ``limit``, ``payload``.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class ModelError(ClricError):
+    """An autoencoder that is missing, damaged, or of another latent space than the stream's."""
+
+
+class ImageError(ClricError):
+    """An image file that cannot be read or written."""

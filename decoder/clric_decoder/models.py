@@ -1,0 +1,352 @@
+"""Latent spaces, the autoencoders that serve each, and where their files lie.
+
+Takes names and folders, gives paths and manifests. Imports neither torch nor onnxruntime: the encoder and
+export wings build on the same tables and the same search.
+
+Files are searched for in the folder given by ``--models``, in the folders of ``$CLRIC_MODELS`` (separated as
+``$PATH`` is), and in the user's cache, in this order; each folder directly and one folder level down.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a family of autoencoders shares: the channel count and the meaning of each channel.
+
+    ``number`` is the space's number in a stream's header. Every space has one latent for 8 x 8 pixels.
+    """
+
+    name: str
+    number: int
+    channels: int
+
+
+LATENT_SPACES: dict[str, LatentSpace] = {
+    space.name: space
+    for space in (
+        LatentSpace("sd1", 1, 4),  # Stable Diffusion 1.x and 2.x: the raw latent times 0.18215
+        LatentSpace("sdxl", 2, 4),  # Stable Diffusion XL: the raw latent times 0.13025
+        LatentSpace("sd3", 3, 16),  # Stable Diffusion 3: (raw - 0.0609) * 1.5305
+        LatentSpace("flux1", 4, 16),  # FLUX.1: (raw - 0.1159) * 0.3611
+        LatentSpace("flux2", 5, 32),  # FLUX.2: normalised for its diffusion model, not in patches
+    )
+}
+
+CUSTOM_SPACE_NUMBER = 0
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A published VAE: its latent space, its files and its licence.
+
+    ``kind``: ``tiny`` is the TAESD family, ``kl`` is diffusers' AutoencoderKL.
+    ``encoder_stem``, ``decoder_stem``: names of the local weights of each half, without .safetensors or .pth;
+        None where a model comes as one diffusers folder only.
+    ``hub_repo``, ``hub_subfolder``: where the diffusers layout lies on the Hugging Face hub; None where there
+        is none.
+    ``scaling``, ``shift``: latent = (posterior mean - shift) * scaling.
+    ``source``: where a person gets the weights.
+    ``aliases``: other names that a command accepts.
+    """
+
+    name: str
+    space: str
+    kind: Literal["tiny", "kl"]
+    encoder_stem: str | None
+    decoder_stem: str | None
+    hub_repo: str | None
+    hub_subfolder: str | None
+    scaling: float
+    shift: float
+    licence: str
+    source: str
+    aliases: tuple[str, ...] = ()
+
+
+def _kl(name: str, space: str, repo: str, scaling: float, licence: str) -> Autoencoder:
+    return Autoencoder(
+        name, space, "kl", None, None, repo, "vae", scaling, 0.0, licence,
+        f"https://huggingface.co/{repo}", (repo, repo.split("/")[1]),
+    )  # fmt: skip
+
+
+def _tiny(name: str, space: str) -> Autoencoder:
+    repo = f"madebyollin/{name}"
+    return Autoencoder(
+        name, space, "tiny", f"{name}_encoder", f"{name}_decoder", repo, None, 1.0, 0.0, "MIT",
+        f"https://huggingface.co/{repo}", (repo,),
+    )  # fmt: skip
+
+
+AUTOENCODERS: dict[str, Autoencoder] = {
+    autoencoder.name: autoencoder
+    for autoencoder in (
+        _kl("sd14", "sd1", "CompVis/stable-diffusion-v1-4", 0.18215, "OpenRAIL-M"),
+        _kl("sdxl-refiner", "sdxl", "stabilityai/stable-diffusion-xl-refiner-1.0", 0.13025, "OpenRAIL++-M"),
+        # stabilityai withdrew its repositories of Stable Diffusion 2 in November 2025; this is a mirror.
+        _kl("sd2-inpainting", "sd1", "sd2-community/stable-diffusion-2-inpainting", 0.18215, "OpenRAIL++-M"),
+        _tiny("taesd", "sd1"),
+        _tiny("taesdxl", "sdxl"),
+        _tiny("taesd3", "sd3"),
+        _tiny("taef1", "flux1"),
+        # TAEF2 has pooling branches that diffusers' AutoencoderTiny lacks, so there is no diffusers layout of
+        # it to load from the hub: its weights are two .pth files in the GitHub repository (January 2026).
+        Autoencoder(
+            "taef2", "flux2", "tiny", "taef2_encoder", "taef2_decoder", None, None, 1.0, 0.0, "MIT",
+            "https://github.com/madebyollin/taesd",
+        ),
+    )
+}  # fmt: skip
+
+Half = Literal["encoder", "decoder"]
+WEIGHT_SUFFIXES = (".safetensors", ".pth")
+DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+_CUSTOM_NAME = re.compile(r"custom-([0-9a-f]{16})")
+_MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "latent_space": str,
+    "channels": int,
+    "halo": (int, type(None)),
+    "sha256": str,
+}
+_MANIFEST_LIMIT = 1 << 16
+
+
+def space_name(number: int, fingerprint: bytes = b"") -> str:
+    """The name of the latent space with this number in a stream's header.
+
+    A custom space (number 0) has a fingerprint of 8 bytes and is named ``custom-`` and their 16 hex digits.
+    Raises ModelError for a number that this version does not know.
+    """
+    if number == CUSTOM_SPACE_NUMBER:
+        if len(fingerprint) != 8:
+            raise ModelError(f"a custom latent space needs a fingerprint of 8 bytes, got {len(fingerprint)}")
+        return f"custom-{fingerprint.hex()}"
+    for space in LATENT_SPACES.values():
+        if space.number == number:
+            return space.name
+    known = ", ".join(f"{space.number} ({space.name})" for space in LATENT_SPACES.values())
+    raise ModelError(f"latent space number {number} is not known; this version knows 0 (custom), {known}")
+
+
+def space_number(name: str) -> tuple[int, bytes]:
+    """(number, fingerprint) of a latent space by its name: the inverse of `space_name`.
+
+    The fingerprint is empty for all but custom spaces. Raises ModelError for a name that is none.
+    """
+    if name in LATENT_SPACES:
+        return LATENT_SPACES[name].number, b""
+    match = _CUSTOM_NAME.fullmatch(name)
+    if match:
+        return CUSTOM_SPACE_NUMBER, bytes.fromhex(match[1])
+    raise ModelError(
+        f"latent space {name!r} is not known; use {', '.join(LATENT_SPACES)}, or custom-<16 hex digits>"
+    )
+
+
+def find_autoencoder(name: str) -> Autoencoder:
+    """The table's entry for a name or an alias. Raises ModelError for others."""
+    for autoencoder in AUTOENCODERS.values():
+        if name == autoencoder.name or name in autoencoder.aliases:
+            return autoencoder
+    raise ModelError(f"autoencoder {name!r} is not known; name one of {', '.join(AUTOENCODERS)}")
+
+
+def cache_folder() -> Path:
+    """The user's folder of models: where clric-export writes, and the last that is searched."""
+    return Path(platformdirs.user_cache_dir("clric")) / "models"
+
+
+def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
+    """The folders in which models are searched for, first to last.
+
+    ``models`` is the user's folder, and must exist (ModelError); those of ``$CLRIC_MODELS`` need not.
+    """
+    folders = []
+    if models is not None:
+        if not Path(models).is_dir():
+            raise ModelError(f"models folder {models} does not exist or is no folder")
+        folders.append(Path(models))
+    folders += [Path(folder) for folder in os.environ.get("CLRIC_MODELS", "").split(os.pathsep) if folder]
+    return [*folders, cache_folder()]
+
+
+def find_weights(
+    autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """The local weights of one half of an autoencoder, or None where there are none.
+
+    A file (``taesd_encoder.safetensors``) or a folder ``<name>/`` in diffusers layout (config.json with
+    diffusion_pytorch_model.safetensors).
+    """
+    stem = autoencoder.encoder_stem if half == "encoder" else autoencoder.decoder_stem
+    for folder in search_folders(models):
+        for place in _places(folder):
+            for suffix in WEIGHT_SUFFIXES if stem else ():
+                if (place / f"{stem}{suffix}").is_file():
+                    return place / f"{stem}{suffix}"
+            # TAEF2 has no diffusers layout (see AUTOENCODERS), and one level down is `place` itself.
+            is_layout = all((place / file).is_file() for file in DIFFUSERS_FILES)
+            if autoencoder.hub_repo and place.name == autoencoder.name and is_layout:
+                return place
+    return None
+
+
+def missing_weights(
+    autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None, hub_error: str | None
+) -> ModelError:
+    """The one message about weights that are neither in the folders nor on the hub.
+
+    ``hub_error``: why the hub gave none, in a few words; None where it was not asked.
+    """
+    stem = autoencoder.encoder_stem if half == "encoder" else autoencoder.decoder_stem
+    wanted = [f"{stem}{suffix}" for suffix in WEIGHT_SUFFIXES] if stem else []
+    wanted += [f"{autoencoder.name}/{{{','.join(DIFFUSERS_FILES)}}}"] if autoencoder.hub_repo else []
+    hub = f" or on the Hugging Face hub ({hub_error})" if hub_error else ""
+    if autoencoder.hub_repo:
+        subfolder = f"{autoencoder.hub_subfolder}/" if autoencoder.hub_subfolder else ""
+        files = " ".join(subfolder + file for file in DIFFUSERS_FILES)
+        advice = f"with a network, run: hf download {autoencoder.hub_repo} {files}"
+    else:
+        advice = f"put {stem}.pth from {autoencoder.source} into one of these folders"
+    return ModelError(
+        f"the {half} weights of {autoencoder.name} are missing: no {' or '.join(wanted)}"
+        f" in {_listed(search_folders(models))}{hub}; {advice}"
+    )
+
+
+def find_decoder(
+    name_or_path: str | os.PathLike[str], models: str | os.PathLike[str] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """The ONNX image decoder of this name or path, and its manifest.
+
+    A path ends with ``.onnx``; its manifest lies beside it with the suffix ``.json``. A name (``taesd``,
+    ``taesd.fp16``, or one that clric-export did not make) is searched for in `search_folders`; where there is
+    no ``NAME.onnx``, ``NAME.fp16.onnx`` serves. The file is compared with the manifest's sha256.
+
+    Returns (path, manifest as clric-export writes it). Raises ModelError for what is missing or damaged.
+    """
+    path = _decoder_path(os.fspath(name_or_path), models)
+    manifest = _read_manifest(path)
+    digest = _sha256(path)
+    if digest != manifest["sha256"]:
+        raise ModelError(
+            f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 {digest[:16]},"
+            f" expected {manifest['sha256'][:16]}); export or download it again"
+        )
+    return path, manifest
+
+
+def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[str] | None = None) -> None:
+    """Raises ModelError where a decoder is of another latent space than the stream's.
+
+    ``space`` is the stream's, by name. The message names both spaces and the decoders that would fit: those
+    of the table, and those that lie in `search_folders`.
+    """
+    if manifest["latent_space"] == space:
+        return
+    known = [autoencoder.name for autoencoder in AUTOENCODERS.values() if autoencoder.space == space]
+    fitting = list(dict.fromkeys(known + _local_decoders(space, models)))
+    advice = (
+        f"decoders that fit: {', '.join(fitting)}"
+        if fitting
+        else "none is known here: ask its sender for one"
+    )
+    raise ModelError(
+        f"decoder {manifest['name']} is of latent space {manifest['latent_space']}, the stream is of {space};"
+        f" {advice}"
+    )
+
+
+def _decoder_path(name: str, models: str | os.PathLike[str] | None) -> Path:
+    if name.endswith(".onnx"):
+        if not Path(name).is_file():
+            raise ModelError(f"decoder file {name} does not exist")
+        return Path(name)
+    known = {alias: entry.name for entry in AUTOENCODERS.values() for alias in (entry.name, *entry.aliases)}
+    stem = known.get(name, name)
+    if "/" in stem or os.sep in stem:
+        raise ModelError(f"decoder {name!r} is neither a name nor a path to an .onnx file")
+    wanted = (f"{stem}.onnx", f"{stem}.fp16.onnx")
+    folders = search_folders(models)
+    for file in wanted:
+        for folder in folders:
+            for place in _places(folder):
+                if (place / file).is_file():
+                    return place / file
+    if name in known or stem.removesuffix(".fp16") in AUTOENCODERS:
+        advice = f"make it on a machine with clric[export]: clric-export {stem.removesuffix('.fp16')}"
+    else:
+        advice = f"clric-export makes {', '.join(AUTOENCODERS)}; of others, give the path to the .onnx file"
+    raise ModelError(f"decoder {name} is missing: no {' or '.join(wanted)} in {_listed(folders)}; {advice}")
+
+
+def _read_manifest(onnx: Path) -> dict[str, Any]:
+    path = onnx.with_suffix(".json")
+    if not path.is_file():
+        raise ModelError(
+            f"decoder {onnx} has no manifest: {path} does not exist; copy it from where the decoder comes"
+            " from, or export again with clric-export"
+        )
+    manifest = _load_json(path)
+    if manifest is None:
+        raise ModelError(f"manifest {path} is no JSON object; export the decoder again with clric-export")
+    for field, kind in _MANIFEST_FIELDS.items():
+        if field not in manifest or not isinstance(manifest[field], kind):
+            raise ModelError(f"manifest {path} has no valid {field!r}; export again with clric-export")
+    return manifest
+
+
+def _load_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a small file; None where it is anything else."""
+    try:
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            return None
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _local_decoders(space: str, models: str | os.PathLike[str] | None) -> list[str]:
+    """Names of the decoders of a latent space that lie in the searched folders."""
+    names = []
+    for folder in search_folders(models):
+        for place in _places(folder):
+            for onnx in sorted(place.glob("*.onnx")):
+                manifest = _load_json(onnx.with_suffix(".json"))
+                if manifest and manifest.get("latent_space") == space:
+                    names.append(str(manifest.get("name")))
+    return names
+
+
+def _places(folder: Path) -> list[Path]:
+    """A folder itself and the folders in it, by name; none where it cannot be read."""
+    try:
+        return [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
+    except OSError:
+        return []
+
+
+def _listed(folders: list[Path]) -> str:
+    return ", ".join(str(folder) for folder in folders)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
