@@ -114,8 +114,8 @@ def _in_tiles(
 
     network: [1, 3, H, W] in [0, 1] -> [1, C, H/8, W/8]. image: H x W x 3 uint8, sides multiples of 8.
     Each tile is a core with `halo` latents around it, cut off at the image's edges (which the network pads
-    as it does for the whole). The core is kept, or, with `blend`, tiles fade into each other linearly across the
-    2 * halo latents that they share.
+    as it does for the whole). The core is kept, or, with `blend`, tiles fade into each other linearly across
+    the 2 * halo latents that they share.
     """
     h, w = image.shape[0] // 8, image.shape[1] // 8
     rows, columns = _grid(h, w, halo, limit // 64)

@@ -1,0 +1,150 @@
+"""A DecoderSource becomes an ONNX file with its manifest, compared with torch before it takes its name.
+
+`write_decoder` gives NAME.onnx (fp32) or NAME.fp16.onnx, with the manifest NAME.json or NAME.fp16.json beside
+it, as clric_decoder.models.find_decoder reads them.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnxruntime
+import torch
+from clric_decoder.errors import ModelError
+
+from .sources import DecoderSource
+
+Precision = Literal["fp32", "fp16"]
+
+# 17 is what the exporter writes at best, and what onnxruntime reads from 1.13 on.
+OPSET = 17
+
+# Latent sizes at which an exported file is compared with torch; neither is the size that was traced.
+PARITY_SIZES = ((8, 8), (13, 21))
+
+# The largest difference that is let through, in units of the image's [0, 1]: a quarter of an 8-bit step for
+# the same weights, five steps where the weights were rounded to fp16.
+PARITY_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2}
+
+# Smaller tensors (biases, constants) stay float32 in an fp16 file: they weigh nothing.
+_FP16_ELEMENTS = 1024
+
+
+def write_decoder(decoder: DecoderSource, folder: Path, precision: Precision) -> dict[str, Any]:
+    """Exports, compares, and writes the ONNX file and its manifest into a folder, which is made if need be.
+
+    Both are written beside their names and renamed when they are whole. Returns the manifest. Raises
+    ModelError where the file does not do what the torch module does, OSError where the folder cannot be
+    written.
+    """
+    stem = decoder.name if precision == "fp32" else f"{decoder.name}.{precision}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=folder) as scratch:
+        file = Path(scratch) / f"{stem}.onnx"
+        export_onnx(decoder, file, precision)
+        difference = parity(decoder, file)
+        if not difference <= PARITY_LIMITS[precision]:
+            raise ModelError(
+                f"{stem}.onnx differs from torch by {difference:.2g} where at most"
+                f" {PARITY_LIMITS[precision]:.2g} is right: nothing is written"
+            )
+        manifest = {
+            "name": stem,
+            "latent_space": decoder.space,
+            "channels": decoder.channels,
+            "halo": decoder.halo,
+            "file": file.name,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "licence": decoder.licence,
+            "source": decoder.source,
+            "precision": precision,
+            "parity": float(f"{difference:.3g}"),
+            "opset": OPSET,
+            "versions": {package: _version(package) for package in ("clric", "torch", "diffusers", "onnx")},
+        }
+        description = Path(scratch) / f"{stem}.json"
+        description.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        os.replace(file, folder / file.name)
+        os.replace(description, folder / description.name)
+    return manifest
+
+
+def export_onnx(decoder: DecoderSource, path: Path, precision: Precision) -> None:
+    """Writes the ONNX file of a decoder: input ``latent``, output ``image``, batch, height and width dynamic.
+
+    fp16: the weights are stored as float16 and widened by Cast nodes, which onnxruntime folds away when it
+    loads the file: half the bytes, the speed of float32. Input, output and arithmetic are float32 either way.
+    """
+    example = torch.zeros(1, decoder.channels, 12, 10)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # torch advises its newer exporter (dynamo=True), which needs onnxscript and twenty times as long for
+        # the same graph; and its tracer warns of checks of shapes in diffusers' Python, which hold for all.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.onnx.export(
+            decoder.module,
+            (example,),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["latent"],
+            output_names=["image"],
+            dynamic_axes={
+                "latent": {0: "batch", 2: "h", 3: "w"},
+                "image": {0: "batch", 2: "8h", 3: "8w"},
+            },
+        )
+    if precision == "fp16":
+        model = onnx.load(path)
+        _store_fp16(model.graph)
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+
+
+def parity(decoder: DecoderSource, path: Path) -> float:
+    """The largest absolute difference between an ONNX file and its torch module, the image in [0, 1].
+
+    On normally distributed latents (seeded) of `PARITY_SIZES`, by onnxruntime on the CPU.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    random = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for h, w in PARITY_SIZES:
+        latent = torch.randn(1, decoder.channels, h, w, generator=random)
+        with torch.inference_mode():
+            expected = decoder.module(latent).numpy()
+        (image,) = session.run(["image"], {"latent": latent.numpy()})
+        if image.shape != expected.shape or not np.isfinite(image).all():
+            return float("inf")
+        worst = max(worst, float(np.abs(image - expected).max()))
+    return worst
+
+
+def _store_fp16(graph: Any) -> None:
+    """Turns the large float32 initializers into float16 ones with a Cast to float32 behind them."""
+    casts = []
+    for tensor in graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < _FP16_ELEMENTS:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
