@@ -1,0 +1,168 @@
+"""The command clric-dec: streams -> images, latents, or what their headers say.
+
+Imports are made where they are needed, so that ``--help`` and ``--info`` answer at once.
+"""
+
+import io
+import json as json_format
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .bitstream import MAX_PIXELS
+from .errors import ClricError
+from .files import STANDARD, read_input, write_output
+from .terminal import choose_outputs, for_each, run_command
+
+if TYPE_CHECKING:
+    from .bitstream import Header
+
+NAME = "clric-dec"
+
+# Longer than any stream of so many pixels can sensibly be; refused before it fills the memory.
+MIN_STREAM_LIMIT = 1 << 20
+
+
+@click.command()
+@click.argument("inputs", metavar="IN...", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", metavar="OUT", help="Image file, or folder for several; - is standard output."
+)
+@click.option(
+    "--vae", metavar="NAME", help="Image decoder, or path of an .onnx file.  [default: by latent space]"
+)
+@click.option("--models", metavar="DIR", help="Folder in which to look for image decoders first.")
+@click.option(
+    "--provider", default="auto", show_default=True, help="Where onnxruntime computes: auto, cpu, cuda, ..."
+)
+@click.option(
+    "--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o too."
+)
+@click.option("--info", is_flag=True, help="Print what the header says, and decode nothing.")
+@click.option("--json", is_flag=True, help="The same as JSON, one line for each input.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default=True,
+    help="Refuse larger images before memory is taken for them.",
+)
+def command(
+    inputs: tuple[str, ...],
+    output: str | None,
+    vae: str | None,
+    models: str | None,
+    provider: str,
+    latent: str | None,
+    info: bool,
+    json: bool,
+    max_pixels: int,
+) -> int:
+    """Decode .clric streams to images (IN.png where no -o is given).
+
+    IN may be - for standard input. The suffix of OUT names the image's format.
+    """
+
+    def read(source: str) -> bytes:
+        return read_input(source, max(max_pixels, MIN_STREAM_LIMIT))
+
+    if info or json:
+        if output is not None or latent is not None:
+            raise click.UsageError("--info and --json print, and write no file: leave out -o and --latent")
+
+        def show(source: str) -> None:
+            from .bitstream import read_header
+
+            header = read_header(read(source), max_pixels=max_pixels)
+            facts = describe(header)
+            text = json_format.dumps({"file": source, **facts}) if json else _as_text(source, facts)
+            write_output(STANDARD, f"{text}\n".encode())
+
+        return for_each(NAME, ((source,) for source in inputs), show)
+
+    nothing = [""] * len(inputs)
+    latents = nothing if latent is None else choose_outputs(inputs, latent, ".npy")
+    images = nothing if latent is not None and output is None else choose_outputs(inputs, output, ".png")
+
+    def convert(source: str, image_place: str, latent_place: str) -> None:
+        if image_place and output is None and os.path.exists(image_place) and image_place != STANDARD:
+            # It may well be the original.
+            raise ClricError(f"{image_place} exists already: name the output with -o")
+        data = read(source)
+        if latent_place:
+            import numpy as np
+
+            from .latent import decode_latent
+
+            encoded = io.BytesIO()
+            np.save(encoded, decode_latent(data, max_pixels=max_pixels))
+            write_output(latent_place, encoded.getvalue())
+        if image_place:
+            from .autoencoder import decode
+            from .image import write_image
+
+            image = decode(data, vae=vae, provider=provider, models=models, max_pixels=max_pixels)
+            write_image(image_place, image)
+
+    return for_each(NAME, zip(inputs, images, latents, strict=True), convert)
+
+
+def describe(header: "Header") -> dict[str, Any]:
+    """What a header says and what follows from it, as JSON knows it.
+
+    Shapes are [channels, height, width]; levels go from finest to coarsest; ``mac_per_pixel`` counts the
+    multiply-accumulates of the function, not of the image decoder, per image pixel.
+    """
+    from .networks import count_parameters, mac_per_pixel
+
+    complexity = mac_per_pixel(header)
+    return {
+        "version": header.version,
+        "width": header.width,
+        "height": header.height,
+        "latent_space": header.space,
+        "latent": [header.channels, header.latent_height, header.latent_width],
+        "grids": [list(shape) for shape in header.grid_shapes],
+        "architecture": header.architecture.describe(),
+        "parameters": count_parameters(header),
+        "bytes": {
+            "header": header.header_bytes,
+            "networks": header.network_bytes,
+            "levels": list(header.level_bytes),
+            "metadata": header.metadata_bytes,
+            "total": header.total_bytes,
+        },
+        "bpp": header.bpp,
+        "mac_per_pixel": {**complexity, "total": sum(complexity.values())},
+    }
+
+
+def _as_text(source: str, facts: dict[str, Any]) -> str:
+    """`describe` for people."""
+    parts, complexity = facts["bytes"], facts["mac_per_pixel"]
+    channels, *size = facts["latent"]
+    levels = [
+        (f"level {level}", f"{size:,} bytes, {shape[0]} x {shape[1]} x {shape[2]}")
+        for level, (shape, size) in enumerate(zip(facts["grids"], parts["levels"], strict=True))
+    ]
+    rows = [
+        ("image", f"{facts['width']} x {facts['height']}"),
+        ("rate", f"{facts['bpp']:.4f} bpp, {parts['total']:,} bytes"),
+        ("format", f"version {facts['version']}"),
+        ("latent", f"{facts['latent_space']}, {channels} x {size[0]} x {size[1]}"),
+        ("function", facts["architecture"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("header", f"{parts['header']:,} bytes"),
+        ("networks", f"{parts['networks']:,} bytes"),
+        *levels,
+        ("metadata", f"{parts['metadata']:,} bytes"),
+        ("MAC/pixel", ", ".join(f"{part} {value:.2f}" for part, value in complexity.items())),
+    ]
+    return "\n".join([source, *(f"  {label:<12}{value}" for label, value in rows)])
+
+
+def main() -> None:
+    """Entry point of clric-dec."""
+    sys.exit(run_command(command, NAME))

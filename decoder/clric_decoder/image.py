@@ -1,0 +1,138 @@
+"""RGB images from and to files: whatever Pillow reads comes in as H x W x 3 uint8, and goes out by suffix.
+
+Colours are taken as sRGB: an embedded profile of another colour space is applied on reading.
+"""
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from .bitstream import MAX_PIXELS
+from .errors import ImageError
+from .files import STANDARD, write_output
+
+# How each suffix is written: as near to lossless as the format allows.
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    ".png": {},
+    ".jpg": {"quality": 95},
+    ".jpeg": {"quality": 95},
+    ".webp": {"lossless": True},
+    ".tif": {"compression": "tiff_deflate"},
+    ".tiff": {"compression": "tiff_deflate"},
+    ".bmp": {},
+    ".ppm": {},
+}
+
+
+def read_image(
+    source: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, list[str]]:
+    """An image file, or a seekable stream of one, as (H x W x 3 uint8 sRGB array, warnings for the user).
+
+    The orientation of EXIF is applied. Grey, palette and CMYK become RGB, 16 bits are scaled to 8,
+    transparency is flattened on white (with a warning), of several frames the first is taken (with a
+    warning). Raises ImageError, one line that starts with the file's name, for a file that is missing,
+    damaged, no image, or of more than ``max_pixels`` pixels; the last before any pixel is decoded.
+    """
+    path = source if isinstance(source, str | os.PathLike) else None
+    name = os.fspath(path) if path is not None else str(getattr(source, "name", "-"))
+    try:
+        with warnings.catch_warnings():
+            # Our own limit stands for Pillow's warning, and other warnings are about metadata that we drop.
+            warnings.simplefilter("ignore")
+            with Image.open(source) as image:
+                if image.width * image.height > max_pixels:
+                    raise ImageError(
+                        f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; "
+                        "make it smaller"
+                    )
+                return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: more pixels than the limit of {max_pixels}; make it smaller") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or _one_line(error)}") from error
+    except Exception as error:
+        # Pillow's readers let all kinds escape on damaged files: SyntaxError, ValueError, struct.error, ...
+        raise ImageError(f"{name}: damaged image ({_one_line(error)})") from error
+
+
+def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Writes an H x W x 3 uint8 array in the format that the suffix names; ``-`` is a PNG to standard output.
+
+    A file appears whole or not at all. Raises ImageError for an unknown suffix or an image that the
+    format cannot hold, ClricError where the file cannot be written.
+    """
+    suffix = ".png" if os.fspath(path) == STANDARD else Path(path).suffix.lower()
+    if suffix not in _SAVE_OPTIONS:
+        known = ", ".join(_SAVE_OPTIONS)
+        raise ImageError(f"{os.fspath(path)}: no image format has the suffix {suffix!r}; use one of {known}")
+    encoded = io.BytesIO()
+    try:
+        Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **_SAVE_OPTIONS[suffix])
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{os.fspath(path)}: cannot be made ({_one_line(error)})") from error
+    write_output(path, encoded.getvalue())
+
+
+def _to_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, list[str]]:
+    """The first frame of an opened image as (H x W x 3 uint8, warnings)."""
+    notes = []
+    if getattr(image, "is_animated", False):
+        notes.append(f"{name}: has several frames; only the first is taken")
+    profile = image.info.get("icc_profile")
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image, name)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            notes.append(f"{name}: transparency is flattened on white")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if profile:
+        image, note = _to_srgb(image, profile)
+        notes += [f"{name}: {note}"] if note else []
+    return np.asarray(image.convert("RGB")), notes
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """A grey image of 16 bits (or of 32 that hold no more) as one of 8: v / 257, rounded."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            f"{name}: values of 32 bits (Pillow mode {image.mode}) have no stated range; "
+            "convert the image to 8 or 16 bits"
+        )
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
+    """The image in sRGB by its embedded profile, and a warning where that cannot be."""
+    if image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        image = image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image, None  # most files say so, and are left exactly as they are
+        converted = ImageCms.profileToProfile(
+            image.convert("RGB") if image.mode == "RGBA" else image,
+            source,
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        return image, f"the embedded colour profile is not applied ({_one_line(error)})"
+    return converted if converted is not None else image, None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
