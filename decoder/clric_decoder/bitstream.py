@@ -1,0 +1,367 @@
+"""The container of a stream: header, segments, checksum (bitstream_spec.md, "The file").
+
+Takes and gives bytes; knows nothing of what the segments hold. Every field is checked against its limits before
+anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from .errors import StreamError
+from .models import LATENT_SPACES
+
+MAGIC = b"\xc7LR"
+VERSION = 0
+MAX_SIDE = 65535
+MAX_PIXELS = 1 << 28  # what a decoder accepts unless it is told otherwise
+MAX_LEVELS = 16
+MAX_CHANNELS = 64
+MAX_TOTAL_CHANNELS = 128
+MAX_NEIGHBOURS = 16
+MAX_EARLIER = 7
+MAX_COARSER = 4
+MAX_HIDDEN_LAYERS = 4
+MAX_WIDTH = 48
+MAX_SYNTHESIS_LAYERS = 8
+CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class SynthesisLayer:
+    """One convolution of the synthesis, with replicated borders.
+
+    ``residual`` is 0 for none, n for adding the input of the n-th layer back, this one counted.
+    """
+
+    channels: int
+    kernel: int = 1
+    residual: int = 0
+    relu: bool = False
+    depthwise: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of the function, as the header gives it (specification, "Architecture").
+
+    channels: grids of each level, the finest (level 0) first.
+    neighbours, earlier, coarser: inputs of the ARM: decoded neighbours in the grid, co-located values of the
+    level's earlier channels, and samples of the next coarser level.
+    hidden_layers, width: the ARM's layers before its last. two_arms: the finest level has one of its own.
+    grid_scales: each grid has an offset of its own to the scale that the ARM gives.
+    """
+
+    channels: tuple[int, ...]
+    neighbours: int
+    earlier: int
+    coarser: int
+    hidden_layers: int
+    width: int
+    two_arms: bool
+    grid_scales: bool
+    synthesis: tuple[SynthesisLayer, ...]
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the ARM."""
+        return self.neighbours + self.earlier + self.coarser
+
+    def to_bytes(self) -> bytes:
+        """The explicit description, as a header holds it."""
+        parts = [len(self.channels), *self.channels, self.neighbours, self.earlier | self.coarser << 4]
+        parts += [
+            self.hidden_layers | self.two_arms << 4 | self.grid_scales << 5,
+            self.width,
+            len(self.synthesis),
+        ]
+        for layer in self.synthesis:
+            kernel = layer.kernel == 3
+            parts += [layer.channels, kernel | layer.residual << 1 | layer.relu << 3 | layer.depthwise << 4]
+        return bytes(parts)
+
+    def describe(self) -> str:
+        """One line for people."""
+        context = f"{self.neighbours} neighbours"
+        context += f" + {self.earlier} earlier channels" * bool(self.earlier)
+        context += f" + {self.coarser} coarser samples" * bool(self.coarser)
+        arm = " -> ".join(map(str, (self.inputs, *(self.width,) * self.hidden_layers, 2)))
+        layers = ", ".join(
+            f"{layer.channels} {layer.kernel}x{layer.kernel}"
+            + " depthwise" * layer.depthwise
+            + f" + residual over {layer.residual}" * bool(layer.residual)
+            + " ReLU" * layer.relu
+            for layer in self.synthesis
+        )
+        return (
+            f"channels {'+'.join(map(str, self.channels))}; ARM {arm} ({context})"
+            + ", another for the finest level" * self.two_arms
+            + ", a scale for each grid" * self.grid_scales
+            + f"; synthesis {layers}"
+        )
+
+
+# Architectures that a header may name with one byte instead of describing them (specification, "Registered
+# architectures"); each is its explicit description.
+REGISTERED_ARCHITECTURES = {}
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that a stream says of itself before its payload."""
+
+    version: int
+    width: int
+    height: int
+    space: str
+    channels: int
+    architecture: Architecture
+    default_set: int
+    header_bytes: int  # everything that is neither networks, grids nor metadata: the checksum too
+    network_bytes: int
+    level_bytes: tuple[int, ...]  # the finest level first
+    metadata_bytes: int
+
+    @property
+    def latent_height(self) -> int:
+        return -(-self.height // 8)
+
+    @property
+    def latent_width(self) -> int:
+        return -(-self.width // 8)
+
+    @cached_property
+    def grid_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(channels, height, width) of each level's grids, the finest first."""
+        return grid_shapes(self.architecture.channels, self.latent_height, self.latent_width)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.header_bytes + self.network_bytes + sum(self.level_bytes) + self.metadata_bytes
+
+    @property
+    def bpp(self) -> float:
+        """Bits of the whole file over image pixels."""
+        return 8 * self.total_bytes / (self.width * self.height)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The payload: each part as the bytes that its decoder takes."""
+
+    networks: bytes
+    levels: tuple[bytes, ...]  # the finest level first
+    metadata: bytes = b""
+
+
+def grid_shapes(channels: tuple[int, ...], height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+    """(channels, height, width) of each level's grids over a latent of height x width."""
+    return tuple((c, -(-height >> i), -(-width >> i)) for i, c in enumerate(channels))
+
+
+class _Reader:
+    """Takes fields off the front of the header; a field that runs past the end is an error."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self.position = 0
+
+    def bytes(self, count: int) -> bytes:
+        if count > len(self._data) - self.position:
+            raise StreamError("truncated", "the file ends within its header or a segment; fetch it again")
+        self.position += count
+        return self._data[self.position - count : self.position]
+
+    def integer(self, count: int = 1) -> int:
+        return int.from_bytes(self.bytes(count), "big")
+
+    def length(self) -> int:
+        """A length in LEB128: seven bits a byte, the lowest first, in as few bytes as it needs."""
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.integer()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                if byte == 0 and shift:
+                    break
+                return value
+        raise StreamError("field", "a length is not written in its shortest form; the file is not valid")
+
+
+def _length(value: int) -> bytes:
+    parts = []
+    while value >= 128:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def _check(field: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise StreamError("field", f"{field} is {value}, not within {low} to {high}; the file is not valid")
+    return value
+
+
+def _reserved(field: str, value: int) -> None:
+    if value:
+        raise StreamError("unsupported", f"{field} uses a reserved bit; a newer decoder may know it")
+
+
+def _read_architecture(reader: _Reader) -> Architecture:
+    levels = _check("the number of levels", reader.integer(), 1, MAX_LEVELS)
+    channels = tuple(_check("a level's channels", reader.integer(), 0, MAX_CHANNELS) for _ in range(levels))
+    _check("the coarsest level's channels", channels[-1], 1, MAX_CHANNELS)
+    _check("the sum of all levels' channels", sum(channels), 1, MAX_TOTAL_CHANNELS)
+    neighbours = _check("the number of neighbours", reader.integer(), 0, MAX_NEIGHBOURS)
+    others = reader.integer()
+    earlier = _check("the number of earlier channels", others & 15, 0, MAX_EARLIER)
+    coarser = _check("the number of coarser samples", others >> 4, 0, MAX_COARSER)
+    _check("the number of the ARM's inputs", neighbours + earlier + coarser, 1, 64)
+    flags = reader.integer()
+    hidden_layers = _check("the number of the ARM's hidden layers", flags & 15, 0, MAX_HIDDEN_LAYERS)
+    _reserved("the ARM's description", flags >> 6)
+    width = _check("the ARM's width", reader.integer(), 1, MAX_WIDTH)
+    synthesis: list[SynthesisLayer] = []
+    sizes = [sum(channels)]
+    for number in range(_check("the number of synthesis layers", reader.integer(), 1, MAX_SYNTHESIS_LAYERS)):
+        out = _check("a synthesis layer's channels", reader.integer(), 1, MAX_CHANNELS)
+        bits = reader.integer()
+        _reserved("a synthesis layer", bits >> 5)
+        residual, depthwise = bits >> 1 & 3, bool(bits & 16)
+        _check("a synthesis layer's residual", residual, 0, min(2, number + 1))
+        if residual and sizes[-residual] != out:
+            raise StreamError("field", "a residual joins layers of different widths; the file is not valid")
+        if depthwise and sizes[-1] != out:
+            raise StreamError("field", "a depthwise layer changes its width; the file is not valid")
+        synthesis.append(SynthesisLayer(out, 3 if bits & 1 else 1, residual, bool(bits & 8), depthwise))
+        sizes.append(out)
+    return Architecture(
+        channels=channels,
+        neighbours=neighbours,
+        earlier=earlier,
+        coarser=coarser,
+        hidden_layers=hidden_layers,
+        width=width,
+        two_arms=bool(flags & 16),
+        grid_scales=bool(flags & 32),
+        synthesis=tuple(synthesis),
+    )
+
+
+def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
+    """Header and segments of a stream.
+
+    max_pixels: images of more pixels are refused before memory is taken for them.
+    Raises StreamError, whose ``kind`` says what is wrong (specification, "Errors").
+    """
+    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+        raise StreamError("magic", "not a clric stream: it does not begin with the bytes C7 4C 52")
+    if len(data) < 4:
+        raise StreamError("truncated", f"the file ends after {len(data)} bytes; fetch it again")
+    if data[3] != VERSION:
+        raise StreamError("version", f"stream version {data[3]}; this decoder knows version {VERSION} only")
+    body = data[:-CHECKSUM_BYTES]
+    if len(body) < 4 or zlib.crc32(body) != int.from_bytes(data[-CHECKSUM_BYTES:], "big"):
+        raise StreamError(
+            "checksum", "the checksum does not match: the file is damaged or cut; fetch it again"
+        )
+    reader = _Reader(body)
+    reader.bytes(4)
+    flags = reader.integer()
+    _reserved("the flags byte", flags >> 5)
+    width = _check("the image's width", reader.integer(2), 1, MAX_SIDE)
+    height = _check("the image's height", reader.integer(2), 1, MAX_SIDE)
+    if width * height > max_pixels:
+        raise StreamError(
+            "limit",
+            f"the image has {width} x {height} pixels, over the limit of {max_pixels}; raise --max-pixels",
+        )
+    space, channels = _read_space(reader, flags & 15)
+    number = reader.integer()
+    if number == 0:
+        architecture = _read_architecture(reader)
+    elif number in REGISTERED_ARCHITECTURES:
+        architecture = _read_architecture(_Reader(REGISTERED_ARCHITECTURES[number]))
+    else:
+        raise StreamError("unsupported", f"architecture {number} is not known; a newer decoder may know it")
+    _check("the last synthesis layer's channels", architecture.synthesis[-1].channels, channels, channels)
+    default_set = reader.integer()
+    if default_set:
+        raise StreamError(
+            "unsupported", f"default set {default_set} is not known; a newer decoder may know it"
+        )
+
+    network_length = reader.length()
+    lengths = [reader.length() if c else 0 for c in architecture.channels[:0:-1]]
+    metadata_length = reader.length() if flags & 16 else 0
+    header_bytes = reader.position + CHECKSUM_BYTES
+    networks = reader.bytes(network_length)
+    levels = [reader.bytes(length) for length in lengths]
+    finest = len(body) - reader.position - metadata_length
+    if finest < 0:
+        raise StreamError("truncated", "the file ends within its header or a segment; fetch it again")
+    if finest and not architecture.channels[0]:
+        raise StreamError("field", f"{finest} bytes for a finest level without grids; the file is not valid")
+    levels.append(reader.bytes(finest))
+    segments = Segments(networks, tuple(levels[::-1]), reader.bytes(metadata_length))
+    header = Header(
+        version=VERSION,
+        width=width,
+        height=height,
+        space=space,
+        channels=channels,
+        architecture=architecture,
+        default_set=default_set,
+        header_bytes=header_bytes,
+        network_bytes=network_length,
+        level_bytes=tuple(map(len, segments.levels)),
+        metadata_bytes=metadata_length,
+    )
+    return header, segments
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """What a stream says of itself; see `read`."""
+    return read(data, max_pixels)[0]
+
+
+def _read_space(reader: _Reader, number: int) -> tuple[str, int]:
+    """Name and channels of the latent space; a custom one brings its channels and fingerprint along."""
+    if number == 0:
+        channels = _check("the latent's channels", reader.integer(), 1, MAX_CHANNELS)
+        return f"custom-{reader.bytes(8).hex()}", channels
+    for space in LATENT_SPACES.values():
+        if space.number == number:
+            return space.name, space.channels
+    raise StreamError("unsupported", f"latent space {number} is not known; a newer decoder may know it")
+
+
+def write(
+    *, width: int, height: int, space: str, channels: int, architecture: Architecture, segments: Segments
+) -> bytes:
+    """The stream of an image; the inverse of `read`.
+
+    Raises StreamError for what the format cannot hold, since it reads its own output back.
+    """
+    registered = LATENT_SPACES.get(space)
+    parts = [MAGIC, bytes([VERSION, (registered.number if registered else 0) | bool(segments.metadata) << 4])]
+    for name, side in (("width", width), ("height", height)):
+        parts.append(_check(f"the image's {name}", side, 1, MAX_SIDE).to_bytes(2, "big"))
+    if registered is None:
+        parts += [bytes([channels]), bytes.fromhex(space.removeprefix("custom-"))]
+    description = architecture.to_bytes()
+    numbers = [n for n, registered in REGISTERED_ARCHITECTURES.items() if registered == description]
+    parts.append(bytes(numbers[:1]) or b"\0" + description)
+    parts += [b"\0", _length(len(segments.networks))]
+    coarse = [(c, level) for c, level in zip(architecture.channels, segments.levels, strict=True)][:0:-1]
+    parts += [_length(len(level)) for c, level in coarse if c]
+    parts += [_length(len(segments.metadata))] * bool(segments.metadata)
+    parts += [segments.networks, *segments.levels[::-1], segments.metadata]
+    body = b"".join(parts)
+    data = body + zlib.crc32(body).to_bytes(CHECKSUM_BYTES, "big")
+    if read(data, max_pixels=math.inf)[1] != segments:  # type: ignore[arg-type]
+        raise StreamError("field", "the stream does not read back as written")
+    return data

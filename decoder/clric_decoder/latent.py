@@ -1,0 +1,40 @@
+"""Bytes -> latent: container, networks, grids and synthesis, in order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import bitstream
+from .bitstream import MAX_PIXELS, Header
+from .context import build_arms, decode_level
+from .networks import Parameters, decode_networks
+from .synthesis import synthesize
+
+
+def decode_grids(
+    data: bytes, max_pixels: int = MAX_PIXELS
+) -> tuple[Header, list[Parameters], list[np.ndarray]]:
+    """Header, networks, and the integer grids of every level, each (channels, height, width) int32, finest first.
+
+    Raises StreamError for anything but a valid stream.
+    """
+    header, segments = bitstream.read(data, max_pixels)
+    networks = decode_networks(segments.networks, header.architecture)
+    arms = build_arms(networks, header.architecture)
+    grids: list[np.ndarray] = []
+    for level in range(len(header.grid_shapes) - 1, -1, -1):
+        coarser = grids[0] if grids else None
+        shape = header.grid_shapes[level]
+        grids.insert(
+            0, decode_level(segments.levels[level], shape, arms[level], header.architecture, coarser)
+        )
+    return header, networks, grids
+
+
+def decode_latent(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The latent (channels, height / 8, width / 8) float32 of a stream.
+
+    Raises StreamError for anything but a valid stream, and for images of more than `max_pixels`.
+    """
+    header, networks, grids = decode_grids(data, max_pixels)
+    return synthesize(grids, networks, header.architecture)

@@ -1,0 +1,105 @@
+"""Rate-distortion-optimised quantisation of the networks.
+
+Takes trained parameters and rounded grids; gives the integers and exponents that the stream holds. Every choice is
+made on the true cost, distortion + lambda * bits / pixels, with the bits that the stream's own tables give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from clric_decoder.bitstream import Architecture
+from clric_decoder.networks import Group, Parameters, integer_bits, parameter_groups
+
+from .function import Grids, Networks, grid_bits, synthesize
+
+GROUP_BITS = 8  # exponent and scale code
+
+
+def default_networks(architecture: Architecture, device: torch.device) -> Networks:
+    """Default set 0 as tensors."""
+    return {
+        group.name: torch.as_tensor(group.default, dtype=torch.float32).expand(group.shape).clone().to(device)
+        for group in parameter_groups(architecture)
+    }
+
+
+def as_networks(parameters: list[Parameters], device: torch.device) -> Networks:
+    """What a decoder makes of quantised parameters."""
+    return {p.group.name: torch.from_numpy(p.values).to(device) for p in parameters}
+
+
+def quantize_networks(
+    networks: Networks,
+    grids: Grids,
+    latent: torch.Tensor,
+    architecture: Architecture,
+    weight: float,
+    report: Callable[[int, int], None],
+) -> list[Parameters]:
+    """Integers for every group of parameters, in the order of `parameter_groups`.
+
+    latent: (C, h, w). weight: what a bit costs, in units of distortion: lambda / pixels. report: called with the
+    number of groups done, and of all.
+    """
+    current = dict(networks)
+    groups = parameter_groups(architecture)
+
+    def cost(group: Group, values: torch.Tensor) -> float:
+        """What the grids (for the ARM) or the latent (for the rest) cost with other values of one group."""
+        trial = {**current, group.name: values.to(latent.device)}
+        if group.name.startswith("arm") or group.name == "grid_scales":
+            return weight * grid_bits(grids, trial, architecture).item()
+        return (synthesize(grids, trial, architecture) - latent).square().mean().item()
+
+    quantized = []
+    with torch.no_grad():
+        for done, group in enumerate(groups):
+            report(done, len(groups))
+            best = _best_exponent(group, networks[group.name].cpu().numpy(), cost, weight)
+            current[group.name] = torch.from_numpy(best.values).to(latent.device)
+            quantized.append(best)
+        for done, parameters in enumerate(quantized):
+            report(done, len(groups))
+            quantized[done] = _shrink(parameters, cost, weight)
+            current[parameters.group.name] = torch.from_numpy(quantized[done].values).to(latent.device)
+    return quantized
+
+
+Cost = Callable[[Group, torch.Tensor], float]
+
+
+def _total(parameters: Parameters, cost: Cost, weight: float) -> float:
+    bits = GROUP_BITS + integer_bits(parameters.integers).sum()
+    return cost(parameters.group, torch.from_numpy(parameters.values)) + weight * bits
+
+
+def _best_exponent(group: Group, values: np.ndarray, cost: Cost, weight: float) -> Parameters:
+    """All of a group rounded with the exponent of lowest cost."""
+    differences = values - np.broadcast_to(np.float32(group.default), group.shape)
+    trials = []
+    for exponent in range(min(group.max_exponent, 12) + 1):
+        integers = np.rint(differences * 2.0**exponent)
+        clipped = np.clip(integers, -group.max_integer, group.max_integer).astype(np.int32)
+        trials.append(Parameters(group, exponent, clipped))
+        if not integers.size or np.abs(integers).max() > group.max_integer:
+            break  # finer steps only clip more
+    return min(trials, key=lambda trial: _total(trial, cost, weight))
+
+
+def _shrink(parameters: Parameters, cost: Cost, weight: float) -> Parameters:
+    """Move single integers towards zero where the bits saved are worth the harm."""
+    best, lowest = parameters, _total(parameters, cost, weight)
+    integers = parameters.integers.reshape(-1)
+    for position in np.argsort(np.abs(integers), kind="stable").tolist():
+        if not integers[position]:
+            continue
+        trial = best.integers.copy()
+        trial.reshape(-1)[position] -= np.sign(integers[position])
+        candidate = Parameters(parameters.group, parameters.exponent, trial)
+        total = _total(candidate, cost, weight)
+        if total < lowest:
+            best, lowest = candidate, total
+    return best

@@ -1,0 +1,114 @@
+"""Presets: the architecture of the function and the schedule that trains it, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from clric_decoder.bitstream import Architecture, SynthesisLayer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Iterations of Adam with one stand-in for rounding; learning rates decay along a half cosine.
+
+    Pairs are (first, last) values over the stage. ``temperature`` and ``sigma`` belong to soft rounding.
+    """
+
+    iterations: int
+    rounding: Literal["uniform", "soft", "hard"]
+    network_rate: tuple[float, float]
+    grid_rate: tuple[float, float]
+    temperature: tuple[float, float] = (0.0, 0.0)
+    sigma: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A round of candidates: each is trained for some iterations, the best go on."""
+
+    candidates: int
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a latent becomes a function.
+
+    architecture: the shape for a latent space of so many channels.
+    start: ``principal`` computes grids and synthesis from the latent's principal components; ``random`` starts from
+    empty grids and random networks (Cool-Chic).
+    stages: the first is also what warm-up candidates are trained with.
+    """
+
+    architecture: Callable[[int], Architecture]
+    start: Literal["principal", "random"]
+    warm_up: tuple[WarmUp, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def iterations(self) -> int:
+        """All iterations, candidates included."""
+        return sum(w.candidates * w.iterations for w in self.warm_up) + sum(s.iterations for s in self.stages)
+
+
+def paper_architecture(channels: int) -> Architecture:
+    """The paper's (IV-A2): seven levels of one grid, ARM 8-8-2, four synthesis layers, a residual every two."""
+    return Architecture(
+        channels=(1,) * 7,
+        neighbours=8,
+        earlier=0,
+        coarser=0,
+        hidden_layers=2,
+        width=8,
+        two_arms=False,
+        grid_scales=False,
+        synthesis=(
+            SynthesisLayer(40, relu=True),
+            SynthesisLayer(channels),
+            SynthesisLayer(channels, kernel=3, relu=True, depthwise=channels > 4),
+            SynthesisLayer(channels, kernel=3, residual=2, depthwise=channels > 4),
+        ),
+    )
+
+
+def default_architecture(channels: int) -> Architecture:
+    """As many grids at the finest level as carry the latent; see docs in README, "Choosing the grids"."""
+    return Architecture(
+        channels=(channels, 1, 1, 1, 1),
+        neighbours=8,
+        earlier=0,
+        coarser=0,
+        hidden_layers=2,
+        width=8,
+        two_arms=False,
+        grid_scales=True,
+        synthesis=(
+            SynthesisLayer(channels),
+            SynthesisLayer(8, kernel=3, relu=True),
+            SynthesisLayer(channels, kernel=3, residual=2),
+        ),
+    )
+
+
+PRESETS = {
+    "default": Preset(
+        architecture=default_architecture,
+        start="principal",
+        warm_up=(),
+        stages=(
+            Stage(1300, "soft", (5e-3, 2.5e-4), (0.02, 0.001), (0.35, 0.08), (0.22, 0.15)),
+            Stage(290, "hard", (0.0, 0.0), (0.001, 0.0)),
+        ),
+    ),
+    "paper": Preset(
+        architecture=paper_architecture,
+        start="random",
+        warm_up=(WarmUp(5, 400), WarmUp(2, 400)),
+        stages=(
+            Stage(10600, "uniform", (1e-2, 1e-4), (0.16, 0.0016)),
+            Stage(2500, "hard", (1e-4, 1e-5), (0.0016, 0.00016)),
+        ),
+    ),
+}
