@@ -106,7 +106,10 @@ class Architecture:
 
 # Architectures that a header may name with one byte instead of describing them (specification, "Registered
 # architectures"); each is its explicit description.
-REGISTERED_ARCHITECTURES = {}
+REGISTERED_ARCHITECTURES = {
+    1: bytes.fromhex("0504010101010800220803040008090405"),  # preset default, four channels
+    2: bytes.fromhex("070101010101010108000208042808040004090405"),  # preset paper, four channels
+}
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def _read_architecture(reader: _Reader) -> Architecture:
         bits = reader.integer()
         _reserved("a synthesis layer", bits >> 5)
         residual, depthwise = bits >> 1 & 3, bool(bits & 16)
-        _check("a synthesis layer's residual", residual, 0, min(2, number + 1))
+        _check("a synthesis layer's residual", residual, 0, min(3, number + 1))
         if residual and sizes[-residual] != out:
             raise StreamError("field", "a residual joins layers of different widths; the file is not valid")
         if depthwise and sizes[-1] != out:

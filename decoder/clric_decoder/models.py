@@ -315,7 +315,7 @@ def _load_json(path: Path) -> dict[str, Any] | None:
         if path.stat().st_size > _MANIFEST_LIMIT:
             return None
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -36,17 +36,26 @@ GRID_SCALE_MAX_EXPONENT = 3
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share an exponent. default: their values in default set 0, (shape) float32."""
+    """Parameters that share an exponent.
+
+    max_integer: limit of the integers' magnitude; where ``fixed_point`` is set, only at the largest exponent, and
+    half of it for each exponent less, so that the limit is one of the value. default: the values in default set 0.
+    """
 
     name: str
     shape: tuple[int, ...]
     max_integer: int = MAX_INTEGER
     max_exponent: int = 15
+    fixed_point: bool = False
     default: float | tuple[float, ...] = 0.0
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def limit(self, exponent: int) -> int:
+        """Largest magnitude of an integer with this exponent."""
+        return self.max_integer >> (self.max_exponent - exponent) if self.fixed_point else self.max_integer
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,10 @@ def parameter_groups(architecture: Architecture) -> tuple[Group, ...]:
         for layer, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
             name = f"arm{arm}.weight{layer}"
             groups.append(Group(name, (outputs, inputs), ARM_MAX_WEIGHT, ARM_MAX_WEIGHT_EXPONENT))
-        groups.append(Group(f"arm{arm}.bias", (sum(sizes[1:]),), ARM_MAX_BIAS, ARM_MAX_BIAS_EXPONENT))
+        groups.append(Group(f"arm{arm}.bias", (sum(sizes[1:]),), ARM_MAX_BIAS, ARM_MAX_BIAS_EXPONENT, True))
     if architecture.grid_scales:
         grids = (sum(architecture.channels),)
-        groups.append(Group("grid_scales", grids, GRID_SCALE_MAX, GRID_SCALE_MAX_EXPONENT))
+        groups.append(Group("grid_scales", grids, GRID_SCALE_MAX, GRID_SCALE_MAX_EXPONENT, True))
     if len(architecture.channels) > 1:
         groups.append(Group("upsampler", (len(architecture.channels) - 1, 4), default=BICUBIC))
     inputs = sum(architecture.channels)
@@ -171,7 +180,7 @@ def decode_networks(data: bytes, architecture: Architecture) -> list[Parameters]
         integers = np.zeros(group.size, np.int64)
         if code:
             integers = decode_integers(decoder, integers, integers + _table(code))
-        if np.abs(integers).max() > group.max_integer:
-            raise StreamError("payload", f"{group.name} has an integer over {group.max_integer}")
+        if np.abs(integers).max() > group.limit(exponent):
+            raise StreamError("payload", f"{group.name} has an integer over {group.limit(exponent)}")
         networks.append(Parameters(group, exponent, integers.astype(np.int32).reshape(group.shape)))
     return networks

@@ -82,10 +82,8 @@ def _best_exponent(group: Group, values: np.ndarray, cost: Cost, weight: float) 
     trials = []
     for exponent in range(min(group.max_exponent, 12) + 1):
         integers = np.rint(differences * 2.0**exponent)
-        clipped = np.clip(integers, -group.max_integer, group.max_integer).astype(np.int32)
-        trials.append(Parameters(group, exponent, clipped))
-        if not integers.size or np.abs(integers).max() > group.max_integer:
-            break  # finer steps only clip more
+        limit = group.limit(exponent)
+        trials.append(Parameters(group, exponent, np.clip(integers, -limit, limit).astype(np.int32)))
     return min(trials, key=lambda trial: _total(trial, cost, weight))
 
 
