@@ -200,6 +200,9 @@ def _rise(position: np.ndarray, start: int, stop: int, blend: bool) -> np.ndarra
 
 @lru_cache(maxsize=1)  # a command that decodes several streams opens its decoder once
 def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
+    # Official builds from 1.31 on report their use to Microsoft by default; showing an image should not. This
+    # is read when onnxruntime is imported, and a user who sets it otherwise is obeyed.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -1,0 +1,257 @@
+"""clric-dec as a user meets it: outputs, one-line errors, exit codes, and no half-written file."""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clric_decoder import decode, decode_latent, read_header
+from clric_decoder.networks import count_parameters, mac_per_pixel
+from PIL import Image
+
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture(scope="module")
+def stream(make_stream: Callable[..., bytes]) -> bytes:
+    return make_stream(width=45, height=33)
+
+
+@pytest.fixture
+def file(tmp_path: Path, stream: bytes) -> Path:
+    path = tmp_path / "photo.clric"
+    path.write_bytes(stream)
+    return path
+
+
+@pytest.fixture
+def toy(toy_models: Path) -> list[str]:
+    """Options that name the toy decoder."""
+    return ["--vae", "toy", "--models", str(toy_models)]
+
+
+def test_decoding_leaves_nothing_in_the_cache(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
+    """onnxruntime's telemetry would put a device's identifier there, and send it away."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    assert run("clric-dec", file.name, *toy, env=environment).returncode == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def pixels(source: Path | bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return np.asarray(image)
+
+
+def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
+    message = result.stderr.decode()
+    assert result.returncode == code, message
+    assert message.startswith("clric-dec: "), message
+    assert message.count("\n") == 1, message
+    assert all(part in message for part in parts), message
+
+
+def test_image_beside_the_stream(
+    run: Run, file: Path, stream: bytes, toy: list[str], toy_models: Path
+) -> None:
+    result = run("clric-dec", file.name, *toy)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    image = pixels(file.with_suffix(".png"))
+    np.testing.assert_array_equal(image, decode(stream, vae="toy", models=toy_models))
+    assert sorted(entry.name for entry in file.parent.iterdir()) == ["photo.clric", "photo.png"]
+
+
+def test_a_name_that_nobody_gave_replaces_no_file(run: Run, file: Path, toy: list[str]) -> None:
+    original = file.with_suffix(".png")
+    original.write_bytes(b"the only copy")
+    assert_one_line(run("clric-dec", file.name, *toy), 1, "photo.png exists already: name the output with -o")
+    assert original.read_bytes() == b"the only copy"
+    assert run("clric-dec", file.name, "-o", original, *toy).returncode == 0
+    assert pixels(original).shape == (33, 45, 3)
+
+
+def test_pipes(run: Run, stream: bytes, toy: list[str], toy_models: Path) -> None:
+    result = run("clric-dec", "-", *toy, input=stream)
+    assert (result.returncode, result.stderr) == (0, b"")
+    np.testing.assert_array_equal(pixels(result.stdout), decode(stream, vae="toy", models=toy_models))
+
+
+def test_several_inputs_go_to_a_folder_and_a_bad_one_stops_none(
+    run: Run, tmp_path: Path, file: Path, stream: bytes, toy: list[str]
+) -> None:
+    (tmp_path / "bad.clric").write_bytes(stream[:-1])
+    (tmp_path / "more.clric").write_bytes(stream)
+    result = run("clric-dec", "bad.clric", "photo.clric", "gone.clric", "more.clric", "-o", "out", *toy)
+    assert result.returncode == 1
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["more.png", "photo.png"]
+    lines = result.stderr.decode().splitlines()
+    assert lines[0].startswith("clric-dec: bad.clric: ")
+    assert lines[1:] == ["clric-dec: gone.clric: No such file or directory"]
+
+
+def test_latent_alone_needs_no_image_decoder(run: Run, tmp_path: Path, file: Path, stream: bytes) -> None:
+    result = run("clric-dec", file.name, "--latent", "latent.npy")
+    assert (result.returncode, result.stderr) == (0, b"")
+    latent = np.load(tmp_path / "latent.npy")
+    assert (latent.dtype, latent.shape) == (np.float32, (4, 5, 6))
+    np.testing.assert_array_equal(latent, decode_latent(stream))
+    assert not (tmp_path / "photo.png").exists()
+
+
+def test_latent_and_image(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
+    assert run("clric-dec", file.name, "--latent", "l.npy", "-o", "i.webp", *toy).returncode == 0
+    assert np.load(tmp_path / "l.npy").shape == (4, 5, 6)
+    assert pixels(tmp_path / "i.webp").shape == (33, 45, 3)
+
+
+def test_json_is_the_header(run: Run, file: Path, stream: bytes) -> None:
+    result = run("clric-dec", "--json", file.name, file.name)
+    assert result.returncode == 0
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first == second
+    header = read_header(stream)
+    assert (first["file"], first["width"], first["height"]) == ("photo.clric", 45, 33)
+    assert (first["latent_space"], first["latent"]) == ("sd1", [4, 5, 6])
+    parts = first["bytes"]
+    assert parts["total"] == len(stream)
+    assert parts["header"] + parts["networks"] + sum(parts["levels"]) + parts["metadata"] == len(stream)
+    assert first["bpp"] == pytest.approx(8 * len(stream) / (45 * 33))
+    assert first["parameters"] == count_parameters(header)
+    complexity = mac_per_pixel(header)
+    assert first["mac_per_pixel"] == {**complexity, "total": sum(complexity.values())}
+
+
+def test_info_says_what_json_says(run: Run, file: Path, stream: bytes) -> None:
+    facts = json.loads(run("clric-dec", "--json", file.name).stdout)
+    text = run("clric-dec", "--info", file.name).stdout.decode()
+    assert "45 x 33" in text
+    assert f"{facts['bpp']:.4f} bpp, {len(stream):,} bytes" in text
+    assert "sd1, 4 x 5 x 6" in text
+    assert f"total {facts['mac_per_pixel']['total']:.2f}" in text
+
+
+LOADED = """
+import atexit, sys
+heavy = {"torch", "onnxruntime", "PIL", "diffusers", "onnx", "clric_encoder", "clric_export"}
+atexit.register(lambda: print("loaded:", *sorted(heavy & set(sys.modules)), file=sys.stderr))
+sys.argv = ["clric-dec", *sys.argv[1:]]
+from clric_decoder.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--info", "--json"])
+def test_help_and_info_load_nothing_heavy(file: Path, option: str) -> None:
+    result = subprocess.run([sys.executable, "-c", LOADED, option, file], capture_output=True, check=True)
+    assert result.stdout
+    assert result.stderr == b"loaded:\n"
+
+
+BAD_STREAMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", ""),
+    "text": (lambda data: b"just some text\n", ""),
+    "truncated": (lambda data: data[: len(data) // 2], ""),
+    "flipped": (lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "checksum"),
+    "newer": (lambda data: data[:3] + b"\xff" + data[4:], "version"),
+}
+
+
+@pytest.mark.parametrize("option", [[], ["--info"], ["--latent", "latent.npy"]])
+@pytest.mark.parametrize("name", BAD_STREAMS)
+def test_bad_streams(run: Run, file: Path, toy: list[str], name: str, option: list[str]) -> None:
+    damage, reason = BAD_STREAMS[name]
+    file.write_bytes(damage(file.read_bytes()))
+    assert_one_line(run("clric-dec", file.name, *toy, *option), 1, "clric-dec: photo.clric: ", reason)
+    assert [entry.name for entry in file.parent.iterdir()] == ["photo.clric"]
+
+
+def test_bad_inputs(run: Run, tmp_path: Path, toy: list[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    assert_one_line(run("clric-dec", "folder", *toy), 1, "folder: ", "directory")
+    assert_one_line(run("clric-dec", "gone.clric", *toy), 1, "gone.clric: No such file or directory")
+    assert_one_line(
+        run("clric-dec", "/dev/zero", "--max-pixels", "99"), 1, "/dev/zero: longer than the limit"
+    )
+
+
+def test_bad_command_lines(run: Run, tmp_path: Path, file: Path) -> None:
+    assert_one_line(run("clric-dec"), 2, "IN...")
+    assert_one_line(run("clric-dec", file.name, "--nonsense"), 2, "--nonsense")
+    assert_one_line(run("clric-dec", file.name, "--max-pixels", "many"), 2, "many")
+    assert_one_line(run("clric-dec", file.name, "--info", "-o", "x.png"), 2, "--info")
+    assert_one_line(run("clric-dec", file.name, "-o", file.name), 2, "is an input")
+    assert_one_line(run("clric-dec", file.name, "-", "-o", "-"), 2, "is the output of photo.clric already")
+    (tmp_path / "other").mkdir()
+    same = run("clric-dec", file.name, f"other/{file.name}", "-o", "out")
+    assert_one_line(same, 2, "out/photo.png, is the output of photo.clric already")
+
+
+def test_bad_choices(run: Run, file: Path, toy: list[str], make_stream: Callable[..., bytes]) -> None:
+    name = file.name
+    assert_one_line(run("clric-dec", name, *toy, "--max-pixels", "1000"), 1, "photo.clric: ", "1000")
+    assert_one_line(run("clric-dec", name, *toy, "--provider", "warp"), 1, "'warp'", "auto, cpu")
+    assert_one_line(run("clric-dec", name, "--vae", "nonsense"), 1, "nonsense")
+    assert_one_line(run("clric-dec", name), 1, "taesd", "clric-export taesd")
+    assert_one_line(run("clric-dec", name, *toy, "-o", "x.xyz"), 1, "x.xyz: no image format")
+    file.write_bytes(make_stream(space="sdxl"))
+    assert_one_line(run("clric-dec", name, *toy), 1, "latent space sd1", "sdxl")
+    assert [entry.name for entry in file.parent.iterdir()] == [name]
+
+
+def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
+    name = file.name
+    full = "cannot be written (No space left on device)"
+    assert_one_line(
+        run("clric-dec", name, *toy, "-o", "gone/x.png"), 1, "gone/x.png: cannot be written (No such"
+    )
+    assert_one_line(run("clric-dec", name, "--latent", "/dev/full"), 1, f"/dev/full: {full}")
+    assert_one_line(
+        run("clric-dec", name, *toy, "-o", f"{name}/x.png"), 1, f"{name}/x.png: cannot be written"
+    )
+    assert_one_line(run("clric-dec", name, *toy, "-o", f"{name}/"), 2, f"{name}/: cannot be made a folder")
+    with open("/dev/full", "wb") as device:
+        assert_one_line(run("clric-dec", name, *toy, "-o", "-", stdout=device), 1, full)
+        assert_one_line(run("clric-dec", name, "--info", stdout=device), 1, full)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody else may")
+def test_folder_without_permission(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    result = run("clric-dec", file.name, *toy, "-o", "locked/x.png")
+    assert_one_line(result, 1, "locked/x.png: cannot be written (Permission denied)")
+
+
+def test_disk_that_fills_up_midway(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
+    """A limit on the size of files stands in for the disk: writing begins, and fails."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    older = tmp_path / "older.png"
+    older.write_bytes(b"older")
+    result = run("clric-dec", file.name, *toy, "-o", older, preexec_fn=limit)
+    assert_one_line(result, 1, "older.png: cannot be written (File too large)")
+    assert older.read_bytes() == b"older"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["older.png", "photo.clric"]
+
+
+def test_control_c_is_quiet_and_leaves_nothing(tmp_path: Path) -> None:
+    """Interrupted where it waits for its input."""
+    command = Path(sys.executable).with_name("clric-dec")
+    process = subprocess.Popen(
+        [command, "-", "-o", "x.png"], cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    time.sleep(2)  # until it has started and reads
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert (process.returncode, message) == (130, b"")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,215 @@
+"""Images in and out: what a user's files look like once they are RGB, and what is said of bad ones."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clric_decoder.errors import ClricError, ImageError
+from clric_decoder.image import read_image, write_image
+from PIL import Image, ImageCms
+
+
+def gradient(height: int = 12, width: int = 20) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 12, y * 20, 255 - x * 5], -1).astype(np.uint8)
+
+
+def write_png16(path: Path, values: np.ndarray) -> None:
+    """A PNG of 16 bits per channel, which Pillow reads but does not write in colour."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    kind = 2 if values.ndim == 3 else 0
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".TIFF", ".bmp", ".ppm"])
+def test_lossless_formats_return_the_same_pixels(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image{suffix}"
+    write_image(path, gradient())
+    image, notes = read_image(path)
+    np.testing.assert_array_equal(image, gradient())
+    assert image.dtype == np.uint8
+    assert notes == []
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_jpeg_is_close(tmp_path: Path) -> None:
+    write_image(tmp_path / "image.jpg", gradient())
+    assert np.abs(read_image(tmp_path / "image.jpg")[0].astype(int) - gradient()).mean() < 4
+
+
+def test_a_new_file_is_readable_by_others_as_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_image(tmp_path / "image.png", gradient())
+    assert (tmp_path / "image.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "folder" / "real.png")
+    write_image(tmp_path / "link.png", gradient())
+    assert (tmp_path / "link.png").is_symlink()
+    np.testing.assert_array_equal(read_image(tmp_path / "folder" / "real.png")[0], gradient())
+
+
+def test_unknown_suffix_names_those_that_are_known(tmp_path: Path) -> None:
+    with pytest.raises(
+        ImageError, match=r"image\.xyz: no image format has the suffix '\.xyz'; use one of \.png"
+    ):
+        write_image(tmp_path / "image.xyz", gradient())
+
+
+def test_failed_write_keeps_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "image.webp"
+    write_image(path, gradient())
+    with pytest.raises(ImageError, match="cannot be made"):
+        write_image(path, np.zeros((1, 20000, 3), np.uint8))  # WebP ends at 16383
+    np.testing.assert_array_equal(read_image(path)[0], gradient())
+
+
+def test_missing_folder_and_full_disk_are_one_line() -> None:
+    with pytest.raises(
+        ClricError, match=r"^/nowhere/image\.png: cannot be written \(No such file or directory\)$"
+    ):
+        write_image("/nowhere/image.png", gradient())
+
+
+def test_stream_of_bytes() -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(gradient()).save(encoded, "png")
+    np.testing.assert_array_equal(read_image(encoded)[0], gradient())
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    Image.fromarray(gradient()).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png")[0], np.rot90(gradient(), -1))
+
+
+def test_grey_and_palette_and_one_bit(tmp_path: Path) -> None:
+    grey = gradient()[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png")[0], np.repeat(grey[..., None], 3, -1))
+    palette = Image.fromarray(gradient()).quantize(16)
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png")[0], np.asarray(palette.convert("RGB")))
+    Image.fromarray(grey).convert("1").save(tmp_path / "bit.png")
+    assert set(read_image(tmp_path / "bit.png")[0].ravel()) <= {0, 255}
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 3)])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values = np.linspace(0, 65535, int(np.prod(shape))).reshape(shape)
+    write_png16(tmp_path / "deep.png", values.astype(np.uint16))
+    image, notes = read_image(tmp_path / "deep.png")
+    expected = values / 257 if len(shape) == 3 else np.repeat(values[..., None], 3, -1) / 257
+    assert np.abs(image - expected).max() <= 1
+    assert (image.min(), image.max(), notes) == (0, 255, [])
+
+
+def test_values_without_a_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match=r"float\.tif: values of 32 bits .* convert"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_cmyk_is_converted(tmp_path: Path) -> None:
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "red.tif")
+    image, _ = read_image(tmp_path / "red.tif")
+    np.testing.assert_array_equal(image, np.broadcast_to([255, 0, 0], (4, 4, 3)))
+
+
+def test_transparency_is_flattened_on_white_with_a_warning(tmp_path: Path) -> None:
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0] = 200, 100, 0, 255
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    image, notes = read_image(tmp_path / "clear.png")
+    assert image[0, 0].tolist() == [200, 100, 0]
+    assert image[1, 1].tolist() == [255, 255, 255]
+    assert notes == [f"{tmp_path / 'clear.png'}: transparency is flattened on white"]
+
+
+def test_opaque_alpha_needs_no_warning(tmp_path: Path) -> None:
+    Image.fromarray(gradient()).convert("RGBA").save(tmp_path / "opaque.png")
+    image, notes = read_image(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(image, gradient())
+    assert notes == []
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    image, notes = read_image(tmp_path / "moving.gif")
+    assert image[0, 0].tolist() == [255, 0, 0]
+    assert notes == [f"{tmp_path / 'moving.gif'}: has several frames; only the first is taken"]
+
+
+def test_srgb_profile_changes_nothing_and_another_is_applied(tmp_path: Path) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(gradient()).save(tmp_path / "srgb.png", icc_profile=srgb)
+    np.testing.assert_array_equal(read_image(tmp_path / "srgb.png")[0], gradient())
+    # sRGB's own profile with the columns of red and green exchanged: a colour space in which red is green.
+    exchanged = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    exchanged = exchanged.replace("sRGB".encode("utf-16-be"), "abcd".encode("utf-16-be"))
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "other.png", icc_profile=exchanged)
+    image, notes = read_image(tmp_path / "other.png")
+    assert image[0, 0, 1] > 250 > 5 > image[0, 0, 0]
+    assert notes == []
+
+
+def test_broken_profile_is_a_warning(tmp_path: Path) -> None:
+    Image.fromarray(gradient()).save(tmp_path / "broken.png", icc_profile=b"nonsense")
+    image, notes = read_image(tmp_path / "broken.png")
+    np.testing.assert_array_equal(image, gradient())
+    assert len(notes) == 1
+    assert "colour profile is not applied" in notes[0]
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """Bad files by name, each with what must be said of it."""
+    Image.fromarray(gradient(200, 200)).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(gradient(64, 64)).save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "flipped.png").write_bytes(whole[:20] + bytes([whole[20] ^ 255]) + whole[21:])
+    (folder / "text.png").write_text("just some text\n")
+    (folder / "empty.png").write_bytes(b"")
+    bomb = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + bomb + struct.pack(">I", zlib.crc32(b"IHDR" + bomb))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + bytes(16))
+    return {
+        "cut.jpg": "truncated",
+        "cut.png": "truncated",
+        "flipped.png": "",
+        "text.png": "not an image",
+        "empty.png": "not an image",
+        "bomb.png": "limit",
+        "missing.png": "No such file or directory",
+    }
+
+
+def test_bad_files_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    for name, reason in bad_files(tmp_path).items():
+        with pytest.raises(ImageError) as caught:
+            read_image(tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: "), message
+        assert reason in message
+        assert "\n" not in message
+
+
+def test_limit_of_pixels(tmp_path: Path) -> None:
+    write_image(tmp_path / "image.png", gradient())
+    with pytest.raises(ImageError, match="20 x 12 exceeds the limit of 100 pixels"):
+        read_image(tmp_path / "image.png", max_pixels=100)
