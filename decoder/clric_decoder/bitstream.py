@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .errors import StreamError
@@ -18,6 +18,8 @@ MAGIC = b"\xc7LR"
 VERSION = 0
 MAX_SIDE = 65535
 MAX_PIXELS = 1 << 28  # what a decoder accepts unless it is told otherwise
+MAX_PIXELS_PER_BYTE = 1 << 14  # of the file: bounds what a small file can make a decoder do
+MAX_SYNTHESIS_WEIGHTS = 1 << 15
 MAX_LEVELS = 16
 MAX_CHANNELS = 64
 MAX_TOTAL_CHANNELS = 128
@@ -102,6 +104,13 @@ class Architecture:
             + ", a scale for each grid" * self.grid_scales
             + f"; synthesis {layers}"
         )
+
+
+def registered_architecture(number: int) -> Architecture:
+    """One of `REGISTERED_ARCHITECTURES`. Raises StreamError for a number that is not registered."""
+    if number not in REGISTERED_ARCHITECTURES:
+        raise StreamError("unsupported", f"architecture {number} is not known; a newer decoder may know it")
+    return _read_architecture(_Reader(REGISTERED_ARCHITECTURES[number]))
 
 
 # Architectures that a header may name with one byte instead of describing them (specification, "Registered
@@ -229,6 +238,7 @@ def _read_architecture(reader: _Reader) -> Architecture:
     width = _check("the ARM's width", reader.integer(), 1, MAX_WIDTH)
     synthesis: list[SynthesisLayer] = []
     sizes = [sum(channels)]
+    weights = 0
     for number in range(_check("the number of synthesis layers", reader.integer(), 1, MAX_SYNTHESIS_LAYERS)):
         out = _check("a synthesis layer's channels", reader.integer(), 1, MAX_CHANNELS)
         bits = reader.integer()
@@ -239,6 +249,8 @@ def _read_architecture(reader: _Reader) -> Architecture:
             raise StreamError("field", "a residual joins layers of different widths; the file is not valid")
         if depthwise and sizes[-1] != out:
             raise StreamError("field", "a depthwise layer changes its width; the file is not valid")
+        weights += out * (1 if depthwise else sizes[-1]) * (9 if bits & 1 else 1)
+        _check("the number of synthesis weights", weights, 1, MAX_SYNTHESIS_WEIGHTS)
         synthesis.append(SynthesisLayer(out, 3 if bits & 1 else 1, residual, bool(bits & 8), depthwise))
         sizes.append(out)
     return Architecture(
@@ -274,7 +286,11 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     reader = _Reader(body)
     reader.bytes(4)
     flags = reader.integer()
-    _reserved("the flags byte", flags >> 5)
+    default_set = flags >> 5
+    if default_set:
+        raise StreamError(
+            "unsupported", f"default set {default_set} is not known; a newer decoder may know it"
+        )
     width = _check("the image's width", reader.integer(2), 1, MAX_SIDE)
     height = _check("the image's height", reader.integer(2), 1, MAX_SIDE)
     if width * height > max_pixels:
@@ -282,20 +298,12 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
             "limit",
             f"the image has {width} x {height} pixels, over the limit of {max_pixels}; raise --max-pixels",
         )
+    if width * height > len(data) * MAX_PIXELS_PER_BYTE:
+        raise StreamError("field", f"{len(data)} bytes are too few for an image of {width} x {height} pixels")
     space, channels = _read_space(reader, flags & 15)
     number = reader.integer()
-    if number == 0:
-        architecture = _read_architecture(reader)
-    elif number in REGISTERED_ARCHITECTURES:
-        architecture = _read_architecture(_Reader(REGISTERED_ARCHITECTURES[number]))
-    else:
-        raise StreamError("unsupported", f"architecture {number} is not known; a newer decoder may know it")
+    architecture = registered_architecture(number) if number else _read_architecture(reader)
     _check("the last synthesis layer's channels", architecture.synthesis[-1].channels, channels, channels)
-    default_set = reader.integer()
-    if default_set:
-        raise StreamError(
-            "unsupported", f"default set {default_set} is not known; a newer decoder may know it"
-        )
 
     network_length = reader.length()
     lengths = [reader.length() if c else 0 for c in architecture.channels[:0:-1]]
@@ -349,6 +357,9 @@ def write(
 
     Raises StreamError for what the format cannot hold, since it reads its own output back.
     """
+    # A blank image may need fewer bytes than the format allows for its pixels: zeros pad its networks
+    padding = -(-width * height // MAX_PIXELS_PER_BYTE)
+    segments = replace(segments, networks=segments.networks.ljust(padding, b"\0"))
     registered = LATENT_SPACES.get(space)
     parts = [MAGIC, bytes([VERSION, (registered.number if registered else 0) | bool(segments.metadata) << 4])]
     for name, side in (("width", width), ("height", height)):
@@ -358,7 +369,7 @@ def write(
     description = architecture.to_bytes()
     numbers = [n for n, registered in REGISTERED_ARCHITECTURES.items() if registered == description]
     parts.append(bytes(numbers[:1]) or b"\0" + description)
-    parts += [b"\0", _length(len(segments.networks))]
+    parts.append(_length(len(segments.networks)))
     coarse = [(c, level) for c, level in zip(architecture.channels, segments.levels, strict=True)][:0:-1]
     parts += [_length(len(level)) for c, level in coarse if c]
     parts += [_length(len(segments.metadata))] * bool(segments.metadata)

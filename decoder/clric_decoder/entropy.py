@@ -28,7 +28,7 @@ FRACTIONS = 16  # the mean is given in 1/16
 SYMBOLS = 64
 SYMBOL_ZERO = 31  # symbol of a value that equals the mean's integer part
 ESCAPE_LOW, ESCAPE_HIGH = 0, SYMBOLS - 1
-MAX_SYMBOLS_PER_BYTE = 6000  # a table's largest frequency is 65,473 of 65,536: 5,768 symbols a byte
+MAX_SYMBOLS_PER_BYTE = 1000  # of a segment: bounds the time that a small file can take
 MAX_ESCAPE_BITS = 16
 
 # round(2^31 * exp(-1 / (16 b))) for each of the 80 scales b; made by tests/conformance/make_tables.py

@@ -97,10 +97,7 @@ PRESETS = {
         architecture=default_architecture,
         start="principal",
         warm_up=(),
-        stages=(
-            Stage(1300, "soft", (5e-3, 2.5e-4), (0.02, 0.001), (0.35, 0.08), (0.22, 0.15)),
-            Stage(290, "hard", (0.0, 0.0), (0.001, 0.0)),
-        ),
+        stages=(Stage(1500, "soft", (1e-2, 2.5e-4), (0.03, 0.001), (0.25, 0.04), (0.22, 0.15)),),
     ),
     "paper": Preset(
         architecture=paper_architecture,

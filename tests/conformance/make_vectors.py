@@ -200,8 +200,7 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
     neighbours = levels + 1 + body[levels]
     others, flags, width, layers = range(neighbours + 1, neighbours + 5)
     kind = layers + 2
-    default_set = layers + 1 + 2 * body[layers]
-    lengths = default_set + 1
+    lengths = layers + 1 + 2 * body[layers]
 
     def patched(at: int, *values: int) -> bytes:
         return sealed(body[:at] + bytes(values) + body[at + len(values) :])
@@ -256,10 +255,9 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         "truncated-header": ("truncated", sealed(body[:lengths])),
         "truncated-networks": ("truncated", sealed(body[: lengths + 12])),
         "truncated-huge-length": ("truncated", patched(lengths, 255, 255, 255, 255, 15)),
-        "unsupported-reserved-flag": ("unsupported", patched(4, body[4] | 32)),
         "unsupported-space": ("unsupported", patched(4, 15)),
         "unsupported-architecture": ("unsupported", patched(9, 255)),
-        "unsupported-default-set": ("unsupported", patched(default_set, 7)),
+        "unsupported-default-set": ("unsupported", patched(4, body[4] | 0x20)),
         "unsupported-arm-flag": ("unsupported", patched(flags, body[flags] | 128)),
         "unsupported-layer-kind": ("unsupported", patched(kind, body[kind] | 128)),
         "field-width-0": ("field", patched(5, 0, 0)),
