@@ -3,6 +3,7 @@
 ``-`` is standard input or output. An output file appears whole or not at all.
 """
 
+import errno
 import io
 import os
 import secrets
@@ -32,6 +33,15 @@ def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
     return data
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raises the ClricError of `write_output` for a missing or locked folder, before work is done in vain."""
+    folder = Path(os.path.realpath(path)).parent
+    if os.fspath(path) == STANDARD or os.access(folder / ".", os.W_OK | os.X_OK):
+        return
+    code = errno.ENOENT if not folder.exists() else errno.EACCES if folder.is_dir() else errno.ENOTDIR
+    raise _not_written(path, os.strerror(code))
+
+
 def write_output(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a whole file, or to standard output for ``-``.
 
@@ -47,7 +57,11 @@ def write_output(path: str | os.PathLike[str], data: bytes) -> None:
         else:
             _replace(Path(os.path.realpath(path)), data)  # a link stays a link: its target is replaced
     except OSError as error:
-        raise ClricError(f"{os.fspath(path)}: cannot be written ({error.strerror})") from error
+        raise _not_written(path, error.strerror) from error
+
+
+def _not_written(path: str | os.PathLike[str], reason: str | None) -> ClricError:
+    return ClricError(f"{os.fspath(path)}: cannot be written ({reason})")
 
 
 def _replace(place: Path, data: bytes) -> None:

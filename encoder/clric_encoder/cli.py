@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from clric_decoder.bitstream import MAX_PIXELS, read_header
 from clric_decoder.errors import ClricError
-from clric_decoder.files import STANDARD, read_input, write_output
+from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, for_each, print_error, run_command
 
 from .presets import PRESETS
@@ -65,6 +65,7 @@ def command(
         raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
 
     def encode_one(source: str, place: str) -> None:
+        check_output(place)
         from clric_decoder.image import read_image
 
         image, notes = read_image(

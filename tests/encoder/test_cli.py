@@ -1,0 +1,193 @@
+"""clric-enc as a user meets it: outputs, the live view, one-line errors, exit codes, no half-written file."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clric_decoder import decode_latent, read_header
+from PIL import Image
+
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a folder with an autoencoder of taesd's layout and random weights: no download."""
+    from diffusers import AutoencoderTiny
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    AutoencoderTiny().save_pretrained(folder / "taesd")
+    return ["--models", str(folder)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images this small gain nothing from a second thread, and other tests run beside these."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def write_photo(path: Path, height: int = 16, width: int = 24) -> Path:
+    y, x = np.mgrid[:height, :width]
+    Image.fromarray(np.stack([x * 9, y * 13, 255 - x * 5], -1).astype(np.uint8)).save(path)
+    return path
+
+
+def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
+    message = result.stderr.decode()
+    assert result.returncode == code, message
+    assert message.startswith("clric-enc: "), message
+    assert message.count("\n") == 1, message
+    assert all(part in message for part in parts), message
+
+
+def test_one_pixel_through_pipes(run: Run, weights: list[str]) -> None:
+    photo = io.BytesIO()
+    Image.new("RGB", (1, 1), "teal").save(photo, "png")
+    result = run("clric-enc", "-", *weights, input=photo.getvalue())
+    assert result.returncode == 0, result.stderr
+    header = read_header(result.stdout)
+    assert (header.width, header.height, header.space) == (1, 1, "sd1")
+    assert np.isfinite(decode_latent(result.stdout)).all()
+    assert result.stderr.decode().startswith(f"- -> -: {len(result.stdout)} bytes, ")
+    assert result.stderr.count(b"\n") == 1
+
+
+def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(
+    run: Run, tmp_path: Path, weights: list[str]
+) -> None:
+    (tmp_path / "text.png").write_text("just some text\n")
+    write_photo(tmp_path / "photo.png")
+    result = run("clric-enc", "text.png", "photo.png", "--json", "--quality", "20", *weights)
+    assert_one_line(result, 1, "text.png: not an image")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["photo.clric", "photo.png", "text.png"]
+    facts = json.loads(result.stdout)
+    data = (tmp_path / "photo.clric").read_bytes()
+    assert (facts["file"], facts["output"]) == ("photo.png", "photo.clric")
+    assert (facts["width"], facts["height"], facts["latent_space"]) == (24, 16, "sd1")
+    assert facts["bytes"] == len(data)
+    assert facts["bpp"] == pytest.approx(8 * len(data) / (24 * 16))
+    assert facts["training_distortion"] >= 0
+    assert decode_latent(data).shape == (4, 2, 3)
+
+
+def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path, weights: list[str]) -> None:
+    photo = write_photo(tmp_path / "photo.png", 64, 64)
+    terminal, side = pty.openpty()
+    command = Path(sys.executable).with_name("clric-enc")
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+    process = subprocess.Popen(
+        [command, photo, *weights], stdin=side, stdout=side, stderr=side, env=environment
+    )
+    os.close(side)
+    seen = b""
+    deadline = time.monotonic() + 120
+    while b"bpp, latent MSE" not in seen:
+        assert time.monotonic() < deadline, seen
+        seen += os.read(terminal, 4096)
+    process.send_signal(signal.SIGINT)
+    try:
+        while rest := os.read(terminal, 4096):
+            seen += rest
+    except OSError:  # Linux: the other side is closed
+        pass
+    os.close(terminal)
+    assert process.wait(timeout=60) == 130
+    assert b"photo.png" in seen
+    assert b"Traceback" not in seen
+    assert [entry.name for entry in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_help_does_not_load_torch(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys; sys.argv = ['clric-enc', '--help']\n"
+        "atexit.register(lambda: print(sorted({'torch', 'diffusers', 'rich', 'PIL'} & set(sys.modules))))\n"
+        "from clric_encoder.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.endswith(b"[]\n")
+
+
+def bad_images(folder: Path) -> dict[str, str]:
+    """Bad inputs by name, each with what must be said of it."""
+    whole = write_photo(folder / "whole.png", 64, 64).read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("just some text\n")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    Image.new("1", (70000, 1)).save(folder / "wide.png")
+    return {
+        "cut.png": "truncated",
+        "text.png": "not an image",
+        "empty.jpg": "not an image",
+        "folder.png": "directory",
+        "wide.png": "70000",
+        "missing.png": "No such file or directory",
+    }
+
+
+def test_bad_images(run: Run, tmp_path: Path, weights: list[str]) -> None:
+    for name, reason in bad_images(tmp_path).items():
+        assert_one_line(run("clric-enc", name, *weights), 1, f"clric-enc: {name}: ", reason)
+    assert not list(tmp_path.rglob("*.clric*"))
+    assert_one_line(run("clric-enc", "-", "-o", "x.clric", *weights, input=b"text"), 1, "-: not an image")
+
+
+def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
+    photo = write_photo(tmp_path / "photo.png")
+    before = photo.read_bytes()
+    assert_one_line(run("clric-enc"), 2, "IMAGE...")
+    assert_one_line(run("clric-enc", photo.name, "--quality", "101"), 2, "--quality", "101")
+    assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, "give one of them")
+    for value in ("0", "-1", "nan", "inf"):
+        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "a number above 0")
+    assert_one_line(run("clric-enc", photo.name, "--preset", "nonsense"), 2, "nonsense", "default", "paper")
+    assert_one_line(run("clric-enc", photo.name, "--device", "tpu"), 2, "tpu", "cuda")
+    assert_one_line(run("clric-enc", photo.name, "-o", "photo.png"), 2, "is an input")
+    assert_one_line(run("clric-enc", photo.name, "-o", "./photo.png"), 2, "is an input")
+    assert_one_line(run("clric-enc", photo.name, "-o", "-", "--json"), 2, "standard output")
+    write_photo(tmp_path / "photo.jpg")
+    assert_one_line(
+        run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.clric", "output of photo.png already"
+    )
+    assert photo.read_bytes() == before
+    assert not list(tmp_path.rglob("*.clric*"))
+
+
+def test_missing_weights_and_unknown_autoencoder(run: Run, tmp_path: Path) -> None:
+    write_photo(tmp_path / "photo.png")
+    assert_one_line(run("clric-enc", "photo.png"), 1, "photo.png: ", "taesd")
+    assert_one_line(run("clric-enc", "photo.png", "--vae", "nonsense"), 1, "photo.png: ", "nonsense")
+    assert_one_line(run("clric-enc", "photo.png", "--models", "gone"), 1, "gone")
+
+
+def test_outputs_that_cannot_be_written_are_said_before_the_training(
+    run: Run, tmp_path: Path, weights: list[str]
+) -> None:
+    write_photo(tmp_path / "photo.png")
+    result = run("clric-enc", "photo.png", "-o", "gone/x.clric", *weights, timeout=20)
+    assert_one_line(result, 1, "gone/x.clric: cannot be written (No such file or directory)")
+    result = run("clric-enc", "photo.png", "-o", "photo.png/x.clric", *weights, timeout=20)
+    assert_one_line(result, 1, "photo.png/x.clric: cannot be written (Not a directory)")
+
+
+def test_full_disk(run: Run, tmp_path: Path, weights: list[str]) -> None:
+    write_photo(tmp_path / "photo.png", 8, 8)
+    result = run("clric-enc", "photo.png", "-o", "/dev/full", *weights)
+    assert_one_line(result, 1, "photo.png: /dev/full: cannot be written (No space left on device)")
+
+
+def test_transparency_is_warned_of(run: Run, tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(tmp_path / "clear.png")
+    lines = run("clric-enc", "clear.png").stderr.decode().splitlines()
+    assert lines[0] == "clric-enc: clear.png: transparency is flattened on white"
