@@ -6,6 +6,7 @@ torch is imported with the first image, so that ``--help`` and mistakes on the c
 import contextlib
 import io
 import json as json_format
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,8 @@ def command(
 
 def _encode() -> Callable[..., bytes]:
     """`encode`, imported now; raises ClricError where the encoder's dependencies are not installed."""
+    # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from .encoding import encode
     except ModuleNotFoundError as error:
