@@ -116,8 +116,12 @@ def registered_architecture(number: int) -> Architecture:
 # Architectures that a header may name with one byte instead of describing them (specification, "Registered
 # architectures"); each is its explicit description.
 REGISTERED_ARCHITECTURES = {
-    1: bytes.fromhex("0504010101010800220803040008090405"),  # preset default, four channels
-    2: bytes.fromhex("070101010101010108000208042808040004090405"),  # preset paper, four channels
+    1: bytes.fromhex("0504010101010800220803040008090405"),  # preset default, 4 channels
+    2: bytes.fromhex("070101010101010108000208042808040004090405"),  # preset paper, 4 channels
+    3: bytes.fromhex("0510010101010800220803100010191004"),  # preset default, 16 channels
+    4: bytes.fromhex("0520010101010800220803200020192004"),  # preset default, 32 channels
+    5: bytes.fromhex("070101010101010108000208042808100010191015"),  # preset paper, 16 channels
+    6: bytes.fromhex("070101010101010108000208042808200020192015"),  # preset paper, 32 channels
 }
 
 

@@ -70,13 +70,15 @@ class Arm:
             activations += layer.bias
             activations *= layer.factor
             np.floor(activations, out=activations)
-            np.clip(activations, 0, MAX_ACTIVATION, out=activations)
+            np.maximum(activations, 0, out=activations)
+            np.minimum(activations, MAX_ACTIVATION, out=activations)
         outputs = activations @ self.last.weight
         outputs += self.last.bias
         outputs *= self.last.factor
         np.floor(outputs, out=outputs)
         outputs[:, 1] += self.scales[channels]
-        np.clip(outputs, _OUTPUT_LOW, _OUTPUT_HIGH, out=outputs)
+        np.maximum(outputs, _OUTPUT_LOW, out=outputs)
+        np.minimum(outputs, _OUTPUT_HIGH, out=outputs)
         mean, scale = outputs.astype(np.int64).T
         return mean >> 4, scale * FRACTIONS + (mean & 15)
 

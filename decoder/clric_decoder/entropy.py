@@ -29,7 +29,7 @@ SYMBOLS = 64
 SYMBOL_ZERO = 31  # symbol of a value that equals the mean's integer part
 ESCAPE_LOW, ESCAPE_HIGH = 0, SYMBOLS - 1
 MAX_SYMBOLS_PER_BYTE = 1000  # of a segment: bounds the time that a small file can take
-MAX_ESCAPE_BITS = 16
+MAX_ESCAPE_BITS = 15
 
 # round(2^31 * exp(-1 / (16 b))) for each of the 80 scales b; made by tests/conformance/make_tables.py
 DECAY = (
@@ -312,16 +312,23 @@ def encode_integers(coder: RangeEncoder, values: np.ndarray, means: np.ndarray, 
 
 def decode_integers(decoder: RangeDecoder, means: np.ndarray, tables: np.ndarray) -> np.ndarray:
     """The batch of values (n,) int64 that `encode_integers` coded with the same means and tables."""
-    symbols = np.array(decoder.symbols(tables.tolist()), np.int64)
-    for position in np.flatnonzero((symbols == ESCAPE_LOW) | (symbols == ESCAPE_HIGH)).tolist():
-        length = 0
-        while not decoder.bits(1):
-            length += 1
-            if length > MAX_ESCAPE_BITS:
-                raise StreamError("payload", f"an escape of over {MAX_ESCAPE_BITS} bits; the file is damaged")
-        excess = (1 << length | decoder.bits(length)) - 1
-        symbols[position] += excess if symbols[position] == ESCAPE_HIGH else -excess
-    return symbols + (means - SYMBOL_ZERO)
+    symbols = decoder.symbols(tables.tolist())
+    if ESCAPE_LOW in symbols or ESCAPE_HIGH in symbols:
+        symbols = [symbol + _excess(decoder, symbol) for symbol in symbols]
+    return np.array(symbols, np.int64) + (means - SYMBOL_ZERO)
+
+
+def _excess(decoder: RangeDecoder, symbol: int) -> int:
+    """How far beyond an escape's symbol the value lies; 0 for other symbols, which have none in the stream."""
+    if ESCAPE_LOW < symbol < ESCAPE_HIGH:
+        return 0
+    length = 0
+    while not decoder.bits(1):
+        length += 1
+        if length > MAX_ESCAPE_BITS:
+            raise StreamError("payload", f"an escape of over {MAX_ESCAPE_BITS} bits; the file is damaged")
+    excess = (1 << length | decoder.bits(length)) - 1
+    return excess if symbol == ESCAPE_HIGH else -excess
 
 
 def ideal_bits(values: np.ndarray, means: np.ndarray, tables: np.ndarray) -> np.ndarray:

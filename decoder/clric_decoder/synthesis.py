@@ -8,13 +8,25 @@ from __future__ import annotations
 import numpy as np
 
 from .bitstream import Architecture, SynthesisLayer
+from .errors import StreamError
 from .networks import Parameters
 
 BAND_ROWS_TIMES_WIDTH = 1 << 18  # latent positions that are synthesised at once, so that memory stays bounded
 
 
 def synthesize(grids: list[np.ndarray], networks: list[Parameters], architecture: Architecture) -> np.ndarray:
-    """The latent (channels, height, width) float32 of integer grids, each (channels, height, width), finest first."""
+    """The latent (channels, height, width) float32 of integer grids, each (channels, height, width), finest first.
+
+    Raises StreamError where it is not finite, as only a faulty encoder can make it.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        latent = _latent(grids, networks, architecture)
+    if not np.isfinite(latent).all():
+        raise StreamError("payload", "the latent is not finite; the file was made by a faulty encoder")
+    return latent
+
+
+def _latent(grids: list[np.ndarray], networks: list[Parameters], architecture: Architecture) -> np.ndarray:
     groups = {parameters.group.name: parameters.values for parameters in networks}
     weights = [groups[f"synthesis.weight{i}"] for i in range(len(architecture.synthesis))]
     splits = np.cumsum([layer.channels for layer in architecture.synthesis])[:-1]

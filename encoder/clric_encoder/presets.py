@@ -74,7 +74,18 @@ def paper_architecture(channels: int) -> Architecture:
 
 
 def default_architecture(channels: int) -> Architecture:
-    """As many grids at the finest level as carry the latent; see docs in README, "Choosing the grids"."""
+    """As many grids at the finest level as the latent has channels, and a synthesis of one residual block.
+
+    Measured choices (README, "The function"): fewer grids at the finest level lose at every rate at which the space is
+    of use; for more than four channels, a depthwise block wins over a dense one through a bottleneck.
+    """
+    if channels <= 4:
+        block = (SynthesisLayer(8, kernel=3, relu=True), SynthesisLayer(channels, kernel=3, residual=2))
+    else:
+        block = (
+            SynthesisLayer(channels, kernel=3, relu=True, depthwise=True),
+            SynthesisLayer(channels, residual=2),
+        )
     return Architecture(
         channels=(channels, 1, 1, 1, 1),
         neighbours=8,
@@ -84,11 +95,7 @@ def default_architecture(channels: int) -> Architecture:
         width=8,
         two_arms=False,
         grid_scales=True,
-        synthesis=(
-            SynthesisLayer(channels),
-            SynthesisLayer(8, kernel=3, relu=True),
-            SynthesisLayer(channels, kernel=3, residual=2),
-        ),
+        synthesis=(SynthesisLayer(channels), *block),
     )
 
 

@@ -19,7 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from clric_decoder import bitstream
-from clric_decoder.bitstream import Architecture, Segments, SynthesisLayer, grid_shapes
+from clric_decoder.bitstream import (
+    Architecture,
+    Segments,
+    SynthesisLayer,
+    grid_shapes,
+    registered_architecture,
+)
 from clric_decoder.context import build_arms, encode_level
 from clric_decoder.entropy import ESCAPE_HIGH, RangeEncoder
 from clric_decoder.models import LATENT_SPACES
@@ -58,6 +64,7 @@ class Case:
     grid_scale: float = 1.5
     parameter_scale: float = 6.0
     metadata: bytes = b""
+    exponents: tuple[int, int] = (3, 8)
     edit: Callable[[list[np.ndarray]], None] = field(default=lambda grids: None)
 
 
@@ -82,6 +89,19 @@ def _all_zero(grids: list[np.ndarray]) -> None:
 def _one_value(grids: list[np.ndarray]) -> None:
     _all_zero(grids)
     grids[0][0, -1, -1] = 1
+
+
+def _one_value_first(grids: list[np.ndarray]) -> None:
+    _all_zero(grids)
+    grids[0][0, 0, 0] = 1
+
+
+def _far_escape(grids: list[np.ndarray]) -> None:
+    grids[0][0, 0, 0] = -32767
+
+
+def _worked_example(grids: list[np.ndarray]) -> None:
+    grids[0][:] = [[[2, -1]]]
 
 
 DEEP = SynthesisLayer(8, kernel=3, relu=True, depthwise=True)
@@ -124,6 +144,10 @@ CASES = [
     Case("arm-coarser-only", architecture=replace(DEFAULT, neighbours=0, coarser=4)),
     Case("arm-earlier", architecture=replace(DEFAULT, earlier=2, coarser=1, channels=(4, 2, 0, 3))),
     Case("arm-saturated", parameter_scale=90.0, grid_scale=30.0),
+    Case("exponents-0", exponents=(0, 0), parameter_scale=1.0),
+    Case("exponents-2", exponents=(2, 2)),
+    Case("exponents-15", exponents=(15, 15), parameter_scale=1000.0),
+    Case("coarser-samples-clipped", 72, 64, architecture=replace(DEFAULT, coarser=4, channels=(2, 2, 2))),
     Case("grids-paper", architecture=replace(DEFAULT, channels=(1,) * 7, grid_scales=False)),
     Case("grids-sixteen-levels", architecture=replace(DEFAULT, channels=(1,) * 16)),
     Case("grids-single-level", architecture=replace(DEFAULT, channels=(4,))),
@@ -131,6 +155,13 @@ CASES = [
     Case("grids-gap", architecture=replace(DEFAULT, channels=(2, 0, 3))),
     Case("values-extreme", edit=_extremes),
     Case("values-wide", grid_scale=300.0),
+    Case(
+        "values-far-escape",
+        architecture=replace(DEFAULT, channels=(1,)),
+        edit=_far_escape,
+        parameter_scale=0.0,
+    ),
+    Case("values-1000-a-byte", 80, 800, architecture=replace(DEFAULT, channels=(1,)), edit=_one_value_first),
     Case("values-empty-levels", edit=_empty_levels),
     Case("values-all-zero", edit=_all_zero),
     Case("values-single-one", width=256, height=256, parameter_scale=0.0, edit=_one_value),
@@ -152,7 +183,27 @@ CASES = [
             ),
         ),
     ),
+    Case(
+        "worked-example",
+        16,
+        8,
+        architecture=Architecture(
+            channels=(1,),
+            neighbours=2,
+            earlier=0,
+            coarser=0,
+            hidden_layers=0,
+            width=1,
+            two_arms=False,
+            grid_scales=False,
+            synthesis=(SynthesisLayer(4),),
+        ),
+        parameter_scale=3.0,
+        exponents=(3, 4),
+        edit=_worked_example,
+    ),
     Case("metadata", metadata=b"\x01\x03ICC\xc8\x00"),
+    Case("metadata-malformed", metadata=b"\x02\xff"),
 ]
 
 
@@ -163,7 +214,8 @@ def make_valid(case: Case, seed: int) -> tuple[bytes, list[np.ndarray]]:
     architecture = case.architecture
     networks = []
     for group in parameter_groups(architecture):
-        exponent = int(rng.integers(min(3, group.max_exponent), min(8, group.max_exponent) + 1))
+        low, high = (min(exponent, group.max_exponent) for exponent in case.exponents)
+        exponent = int(rng.integers(low, high + 1))
         integers = np.rint(rng.laplace(scale=max(case.parameter_scale, 1e-9), size=group.shape))
         limit = group.limit(exponent)
         networks.append(Parameters(group, exponent, np.clip(integers, -limit, limit).astype(np.int32)))
@@ -236,8 +288,38 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         coder.symbol(8 * 16, ESCAPE_HIGH)
     coder.bits(0, 17)
     endless_escape = coder.finish()
+    coder = RangeEncoder()
+    coder.bits(0, 4)
+    coder.bits(1, 4)
+    for number in range(groups[0].size):
+        coder.symbol(8 * 16, ESCAPE_HIGH if number == 0 else 31)
+    coder.bits(1, 17)
+    long_escape = coder.finish()
     zeros = [Parameters(g, 0, np.zeros(g.shape, np.int32)) for g in groups]
-    beyond = encode_level(np.full((1, 1, 1), 32768, np.int32), build_arms(zeros, small)[0], small, None)
+
+    def level(value: int) -> bytes:
+        return encode_level(np.full((1, 1, 1), value, np.int32), build_arms(zeros, small)[0], small, None)
+
+    no_finest, _ = make_valid(Case("no-finest", 24, 16, architecture=replace(DEFAULT, channels=(0, 1))), 1001)
+    custom, _ = make_valid(Case("custom", 8, 8, "custom-0011223344556677", with_synthesis(DEFAULT, 3)), 1002)
+    paper, _ = make_valid(Case("paper", 24, 16, architecture=registered_architecture(2)), 1003)
+
+    def resealed(data: bytes, at: int, *values: int) -> bytes:
+        return sealed(data[:at] + bytes(values) + data[at + len(values) : -4])
+
+    deep = replace(small, synthesis=(SynthesisLayer(4),) * 8)
+    huge = [
+        Parameters(g, 0, np.full(g.shape, 32767 * ("synthesis" in g.name), np.int32))
+        for g in parameter_groups(deep)
+    ]
+    not_finite = bitstream.write(
+        width=8,
+        height=8,
+        space="sd1",
+        channels=4,
+        architecture=deep,
+        segments=Segments(encode_networks(huge), (level(9),)),
+    )
 
     return {
         "magic-empty": ("magic", b""),
@@ -291,7 +373,22 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         "payload-endless-escape": ("payload", with_networks(endless_escape)),
         "payload-invalid-quantile": ("payload", with_networks(b"\xff" * 8)),
         "payload-too-few-bytes": ("payload", with_networks(b"", b"\x80", size=2048)),
-        "payload-value-beyond": ("payload", with_networks(b"", beyond)),
+        "payload-one-value-too-many": ("payload", with_networks(b"", b"\x80" * 15, size=1000)),
+        "payload-value-32768": ("payload", with_networks(b"", level(32768))),
+        "payload-value-minus-32768": ("payload", with_networks(b"", level(-32768))),
+        "payload-long-escape": ("payload", with_networks(long_escape)),
+        "payload-synthesis-bias": ("payload", with_networks(networks("synthesis.bias", 0, 32768))),
+        "payload-latent-not-finite": ("payload", not_finite),
+        "unsupported-arm-flag-6": ("unsupported", patched(flags, body[flags] | 64)),
+        "unsupported-layer-kind-5": ("unsupported", patched(kind, body[kind] | 32)),
+        "unsupported-layer-kind-6": ("unsupported", patched(kind, body[kind] | 64)),
+        "field-custom-0-channels": ("field", resealed(custom, 9, 0)),
+        "field-custom-65-channels": ("field", resealed(custom, 9, 65)),
+        "field-length-of-6-bytes": ("field", patched(lengths, 128, 128, 128, 128, 128, 1)),
+        "field-bytes-for-no-grids": ("field", sealed(no_finest[:-4] + b"\1")),
+        "field-registered-for-other-channels": ("field", resealed(paper, 4, 3)),
+        "field-too-many-weights": ("field", patched(layers, 2, 64, 1, 64, 1)),
+        "field-too-few-bytes-for-pixels": ("field", patched(5, 16, 0, 16, 0)),
     }
 
 
