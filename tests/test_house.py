@@ -1,0 +1,148 @@
+"""The wings: the arrows between them run one way, and a client needs no more than the base distribution."""
+
+import ast
+import json
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clric_decoder import decode_latent
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+WINGS = {
+    "clric_decoder": ROOT / "decoder",
+    "clric_encoder": ROOT / "encoder",
+    "clric_export": ROOT / "export",
+}
+
+# What each wing must not import, at the top of a file or anywhere in it.
+FORBIDDEN = {
+    "clric_decoder": {"torch", "torchvision", "diffusers", "onnx", "scipy", "clric_encoder", "clric_export"},
+    "clric_encoder": {"clric_export"},
+    "clric_export": {"clric_encoder"},
+}
+
+# What a client has: the base dependencies, and onnxruntime (extras cpu and gpu) inside a function.
+CLIENT = {"numpy", "PIL", "click", "platformdirs", "constriction", "onnxruntime"}
+
+
+def imports(wing: str) -> Iterator[tuple[str, str, bool]]:
+    """(file and line, top-level module, whether it is imported with the file) of every absolute import."""
+    files = list(WINGS[wing].rglob("*.py"))
+    assert files
+    for file in files:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                where = f"{file.relative_to(ROOT)}:{node.lineno}"
+                yield where, name.split(".")[0], node in tree.body
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_arrows_run_one_way(wing: str) -> None:
+    assert [(where, module) for where, module, _ in imports(wing) if module in FORBIDDEN[wing]] == []
+
+
+def test_decoder_imports_what_a_client_has() -> None:
+    for where, module, at_once in imports("clric_decoder"):
+        assert module in CLIENT | {"clric_decoder"} | set(sys.stdlib_module_names), where
+        assert not (at_once and module == "onnxruntime"), f"{where}: onnxruntime is imported where it is used"
+
+
+def test_importing_the_decoder_is_light() -> None:
+    code = "import sys, clric_decoder; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "diffusers", "onnx", "onnxruntime", "PIL", "clric_encoder", "clric_export"}
+    assert heavy & set(result.stdout.split()) == set()
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of programs of an empty virtual environment with the built wheel and what it requires."""
+    folder = tmp_path_factory.mktemp("client")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    venv.create(folder / "venv", with_pip=True)
+    programs = folder / "venv" / "bin"
+    (wheel,) = folder.glob("*.whl")
+    install = subprocess.run(
+        [programs / "python", "-m", "pip", "install", "--quiet", wheel],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if "Failed to establish a new connection" in install.stderr:
+        pytest.skip("no network: pip cannot fetch the base dependencies")
+    assert install.returncode == 0, install.stderr
+    return programs
+
+
+def call(*command: str | Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_base_wheel_decodes_a_latent(client: Path, tmp_path: Path, make_stream: Callable[..., bytes]) -> None:
+    data = make_stream(width=131, height=77)
+    (tmp_path / "photo.clric").write_bytes(data)
+    result = call(client / "clric-dec", tmp_path / "photo.clric", "--latent", tmp_path / "latent.npy")
+    assert (result.returncode, result.stderr) == (0, "")
+    # Synthesis is in floats: another numpy may sum in another order.
+    np.testing.assert_allclose(np.load(tmp_path / "latent.npy"), decode_latent(data), atol=1e-4)
+
+
+def test_base_wheel_decodes_the_conformance_streams(client: Path, tmp_path: Path) -> None:
+    streams = sorted((ROOT / "tests/conformance/valid").glob("*.clric"))
+    if not streams:
+        pytest.skip("tests/conformance/valid holds no streams yet")
+    result = call(client / "clric-dec", *streams, "--latent", f"{tmp_path}/out/")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(list((tmp_path / "out").iterdir())) == len(streams)
+
+
+def test_base_wheel_is_light_and_whole(client: Path) -> None:
+    result = call(client / "python", "-m", "pip", "list", "--format", "json")
+    packages = {package["name"].lower() for package in json.loads(result.stdout)}
+    assert packages <= {
+        "clric",
+        "numpy",
+        "pillow",
+        "click",
+        "platformdirs",
+        "constriction",
+        "pip",
+        "setuptools",
+    }
+    code = "import clric_decoder, clric_encoder, clric_export, pathlib; print(clric_decoder.__file__)"
+    result = call(client / "python", "-I", "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(client.parent)
+
+
+def test_what_the_base_wheel_lacks_is_named(
+    client: Path, tmp_path: Path, toy_models: Path, make_stream: Callable[..., bytes]
+) -> None:
+    stream, photo = tmp_path / "photo.clric", tmp_path / "photo.png"
+    stream.write_bytes(make_stream())
+    Image.new("RGB", (8, 8)).save(photo)
+    for extra, result in {
+        "clric[cpu]": call(
+            client / "clric-dec", stream, "-o", "x.png", "--vae", "toy", "--models", toy_models
+        ),
+        "clric[encoder]": call(client / "clric-enc", photo, "-o", tmp_path / "y.clric"),
+    }.items():
+        assert result.returncode == 1
+        assert f"pip install '{extra}'" in result.stderr
+        assert result.stderr.count("\n") == 1
