@@ -1,7 +1,7 @@
 """A photo through clric at two rates: writes a side-by-side picture into demo-out/ and prints the sizes.
 
-Run by ``make demo``. It takes the weights of TAESD from $CLRIC_MODELS, from ../shared/models, or from the hub of
-Hugging Face, in this order, and makes the ONNX image decoder that clients use from them.
+Run by ``make demo``. It takes the weights of TAESD from $CLRIC_MODELS, from ../shared/models, or from Hugging
+Face, in this order, and makes the ONNX image decoder that clients use from them.
 """
 
 import io
