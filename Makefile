@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # https://download.pytorch.org/whl/cpu offers it on Linux) and every machine tests the same one.
 TORCH := torch==2.13.0
 READY := $(VENV)/ready
+# Each worker computes on one thread: more would wait for each other
 WORKERS ?= 2
 
 .PHONY: demo test test-slow format clean
@@ -17,7 +18,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS)
 
 test-slow: $(READY)
 	$(BIN)/pytest -q -m slow

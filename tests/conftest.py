@@ -52,9 +52,7 @@ def make_stream() -> MakeStream:
         for group in parameter_groups(architecture):
             integers = np.zeros(group.shape, np.int32)
             if group.name == "synthesis.weight0":
-                integers.reshape(channels, -1)[:, :channels] = np.eye(
-                    channels
-                )  # the finest grid is the latent
+                integers.reshape(channels, -1)[:, :channels] = np.eye(channels)  # the finest grid is the latent
             networks.append(Parameters(group, 0, integers))
         arms = build_arms(networks, architecture)
         random = np.random.default_rng(0)

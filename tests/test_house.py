@@ -138,9 +138,7 @@ def test_what_the_base_wheel_lacks_is_named(
     stream.write_bytes(make_stream())
     Image.new("RGB", (8, 8)).save(photo)
     for extra, result in {
-        "clric[cpu]": call(
-            client / "clric-dec", stream, "-o", "x.png", "--vae", "toy", "--models", toy_models
-        ),
+        "clric[cpu]": call(client / "clric-dec", stream, "-o", "x.png", "--vae", "toy", "--models", toy_models),
         "clric[encoder]": call(client / "clric-enc", photo, "-o", tmp_path / "y.clric"),
     }.items():
         assert result.returncode == 1

@@ -233,9 +233,7 @@ def _providers(provider: str, available: list[str]) -> list[str]:
     wanted = PROVIDERS.get(provider, "")
     if wanted not in available:
         here = ", ".join(["auto", *(key for key, name in PROVIDERS.items() if name in available)])
-        raise ModelError(
-            f"provider {provider!r} is not in the onnxruntime that is installed; there are: {here}"
-        )
+        raise ModelError(f"provider {provider!r} is not in the onnxruntime that is installed; there are: {here}")
     return [wanted] if wanted == cpu else [wanted, cpu]
 
 

@@ -284,17 +284,13 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
         raise StreamError("version", f"stream version {data[3]}; this decoder knows version {VERSION} only")
     body = data[:-CHECKSUM_BYTES]
     if len(body) < 4 or zlib.crc32(body) != int.from_bytes(data[-CHECKSUM_BYTES:], "big"):
-        raise StreamError(
-            "checksum", "the checksum does not match: the file is damaged or cut; fetch it again"
-        )
+        raise StreamError("checksum", "the checksum does not match: the file is damaged or cut; fetch it again")
     reader = _Reader(body)
     reader.bytes(4)
     flags = reader.integer()
     default_set = flags >> 5
     if default_set:
-        raise StreamError(
-            "unsupported", f"default set {default_set} is not known; a newer decoder may know it"
-        )
+        raise StreamError("unsupported", f"default set {default_set} is not known; a newer decoder may know it")
     width = _check("the image's width", reader.integer(2), 1, MAX_SIDE)
     height = _check("the image's height", reader.integer(2), 1, MAX_SIDE)
     if width * height > max_pixels:

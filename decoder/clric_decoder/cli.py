@@ -27,19 +27,11 @@ MIN_STREAM_LIMIT = 1 << 20
 
 @click.command()
 @click.argument("inputs", metavar="IN...", nargs=-1, required=True)
-@click.option(
-    "-o", "--output", metavar="OUT", help="Image file, or folder for several; - is standard output."
-)
-@click.option(
-    "--vae", metavar="NAME", help="Image decoder, or path of an .onnx file.  [default: by latent space]"
-)
+@click.option("-o", "--output", metavar="OUT", help="Image file, or folder for several; - is standard output.")
+@click.option("--vae", metavar="NAME", help="Image decoder, or path of an .onnx file.  [default: by latent space]")
 @click.option("--models", metavar="DIR", help="Folder in which to look for image decoders first.")
-@click.option(
-    "--provider", default="auto", show_default=True, help="Where onnxruntime computes: auto, cpu, cuda, ..."
-)
-@click.option(
-    "--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o too."
-)
+@click.option("--provider", default="auto", show_default=True, help="Where onnxruntime computes: auto, cpu, cuda, ...")
+@click.option("--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o too.")
 @click.option("--info", is_flag=True, help="Print what the header says, and decode nothing.")
 @click.option("--json", is_flag=True, help="The same as JSON, one line for each input.")
 @click.option(

@@ -28,8 +28,8 @@ from .networks import ARM_MAX_BIAS_EXPONENT, GRID_SCALE_MAX_EXPONENT, Parameters
 
 # (dy, dx) of the neighbours, the most useful first: Cool-Chic's first eight, then more that the wavefront has passed
 NEIGHBOURS = (
-    ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3))
-    + ((-1, -2), (-2, -1), (-2, 1), (-2, 2), (-1, -3), (-2, -2), (-3, 1), (-3, -1))
+    (0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3),
+    (-1, -2), (-2, -1), (-2, 1), (-2, 2), (-1, -3), (-2, -2), (-3, 1), (-3, -1),
 )  # fmt: skip
 REACH = 3  # how far a neighbour lies above, left or right
 UNIT = 32  # an activation of 1.0
@@ -45,7 +45,7 @@ class _Layer:
 
     weight: np.ndarray  # (inputs, outputs), the residual's identity included
     bias: np.ndarray  # (outputs,), half of the divisor included, so that the floor rounds
-    factor: np.float32  # 1 / divisor, a power of two
+    factor: np.ndarray  # (outputs,), 1 / divisor, powers of two
 
 
 @dataclass(frozen=True)
@@ -83,25 +83,21 @@ class Arm:
         return mean >> 4, scale * FRACTIONS + (mean & 15)
 
 
-_OUTPUT_LOW = np.float32([-MAX_MEAN, 0])
-_OUTPUT_HIGH = np.float32([MAX_MEAN, SCALES - 1])
+_OUTPUT_LOW = np.array([-MAX_MEAN, 0], np.float32)
+_OUTPUT_HIGH = np.array([MAX_MEAN, SCALES - 1], np.float32)
 
 
 def build_arms(networks: list[Parameters], architecture: Architecture) -> list[Arm]:
     """The ARM of each level, the finest first."""
     groups = {parameters.group.name: parameters for parameters in networks}
-    layers = [
-        _layers(groups, number, architecture.hidden_layers + 1) for number in range(1 + architecture.two_arms)
-    ]
+    layers = [_layers(groups, number, architecture.hidden_layers + 1) for number in range(1 + architecture.two_arms)]
     scales = np.zeros(sum(architecture.channels), np.float32)
     if architecture.grid_scales:
         shift = GRID_SCALE_MAX_EXPONENT - groups["grid_scales"].exponent
-        scales = np.float32(groups["grid_scales"].integers << shift)
+        scales = (groups["grid_scales"].integers << shift).astype(np.float32)
     arms = []
     for level, own in enumerate(np.split(scales, np.cumsum(architecture.channels)[:-1])):
-        *hidden, last = layers[
-            -1 if level == 0 else 0
-        ]  # the finest level has the last ARM, all others the first
+        *hidden, last = layers[-1 if level == 0 else 0]  # the finest level has the last ARM, all others the first
         arms.append(Arm(tuple(hidden), last, own))
     return arms
 
@@ -126,7 +122,9 @@ def _layers(groups: dict[str, Parameters], number: int, count: int) -> list[_Lay
             weight = weight + (np.eye(inputs, outputs, dtype=np.int64) << parameters.exponent)
             drop = np.full(outputs, parameters.exponent)
         half = (1 << drop) >> 1
-        layers.append(_Layer(np.float32(weight), np.float32(bias + half), np.float32(2.0**-drop)))
+        layers.append(
+            _Layer(weight.astype(np.float32), (bias + half).astype(np.float32), (2.0**-drop).astype(np.float32))
+        )
     return layers
 
 
@@ -210,7 +208,9 @@ def _coarser_samples(shape: tuple[int, int, int], count: int, coarser: np.ndarra
     return np.stack([source[:, a][:, :, b] for a, b in picks], -1).astype(np.float32)
 
 
-def predict(values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None) -> tuple:
+def predict(
+    values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the ARM gives for a level whose values (channels, height, width) are all known.
 
     coarser: the next coarser level's values, None for the coarsest level. Returns values, means' integer parts and
@@ -222,9 +222,7 @@ def predict(values: np.ndarray, arm: Arm, architecture: Architecture, coarser: n
     return level.in_order(), means, tables
 
 
-def encode_level(
-    values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None
-) -> bytes:
+def encode_level(values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None) -> bytes:
     """The segment of one level; empty when all values are zero."""
     if not values.any():
         return b""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -194,7 +194,7 @@ class PythonRangeDecoder:
         return value
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cumulative_list(table: int) -> list[int]:
     return cumulative_tables()[table].tolist()
 
@@ -223,9 +223,7 @@ class ConstrictionRangeDecoder:
             try:
                 value = value << 1 | self._decoder.decode(self._bit)
             except (AssertionError, ValueError) as error:
-                raise StreamError(
-                    "payload", "the entropy-coded data is invalid; the file is damaged"
-                ) from error
+                raise StreamError("payload", "the entropy-coded data is invalid; the file is damaged") from error
         return value
 
 

@@ -11,9 +11,7 @@ from .networks import Parameters, decode_networks
 from .synthesis import synthesize
 
 
-def decode_grids(
-    data: bytes, max_pixels: int = MAX_PIXELS
-) -> tuple[Header, list[Parameters], list[np.ndarray]]:
+def decode_grids(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, list[Parameters], list[np.ndarray]]:
     """Header, networks, and the integer grids of every level, each (channels, height, width) int32, finest first.
 
     Raises StreamError for anything but a valid stream.
@@ -25,9 +23,7 @@ def decode_grids(
     for level in range(len(header.grid_shapes) - 1, -1, -1):
         coarser = grids[0] if grids else None
         shape = header.grid_shapes[level]
-        grids.insert(
-            0, decode_level(segments.levels[level], shape, arms[level], header.architecture, coarser)
-        )
+        grids.insert(0, decode_level(segments.levels[level], shape, arms[level], header.architecture, coarser))
     return header, networks, grids
 
 

@@ -151,9 +151,7 @@ def space_number(name: str) -> tuple[int, bytes]:
     match = _CUSTOM_NAME.fullmatch(name)
     if match:
         return CUSTOM_SPACE_NUMBER, bytes.fromhex(match[1])
-    raise ModelError(
-        f"latent space {name!r} is not known; use {', '.join(LATENT_SPACES)}, or custom-<16 hex digits>"
-    )
+    raise ModelError(f"latent space {name!r} is not known; use {', '.join(LATENT_SPACES)}, or custom-<16 hex digits>")
 
 
 def find_autoencoder(name: str) -> Autoencoder:
@@ -183,9 +181,7 @@ def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
     return [*folders, cache_folder()]
 
 
-def find_weights(
-    autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None = None
-) -> Path | None:
+def find_weights(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None = None) -> Path | None:
     """The local weights of one half of an autoencoder, or None where there are none.
 
     A file (``taesd_encoder.safetensors``) or a folder ``<name>/`` in diffusers layout (config.json with
@@ -259,14 +255,9 @@ def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[
         return
     known = [autoencoder.name for autoencoder in AUTOENCODERS.values() if autoencoder.space == space]
     fitting = list(dict.fromkeys(known + _local_decoders(space, models)))
-    advice = (
-        f"decoders that fit: {', '.join(fitting)}"
-        if fitting
-        else "none is known here: ask its sender for one"
-    )
+    advice = f"decoders that fit: {', '.join(fitting)}" if fitting else "none is known here: ask its sender for one"
     raise ModelError(
-        f"decoder {manifest['name']} is of latent space {manifest['latent_space']}, the stream is of {space};"
-        f" {advice}"
+        f"decoder {manifest['name']} is of latent space {manifest['latent_space']}, the stream is of {space}; {advice}"
     )
 
 

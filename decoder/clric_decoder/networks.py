@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Parameters:
     @property
     def values(self) -> np.ndarray:
         """The parameters, (shape of the group) float32."""
-        default = np.broadcast_to(np.float32(self.group.default), self.group.shape)
+        default = np.broadcast_to(np.array(self.group.default, np.float32), self.group.shape)
         return (default + self.integers * 2.0**-self.exponent).astype(np.float32)
 
 
@@ -83,8 +84,8 @@ def parameter_groups(architecture: Architecture) -> tuple[Group, ...]:
     groups = []
     sizes = arm_sizes(architecture)
     for arm in range(1 + architecture.two_arms):
-        for layer, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-            name = f"arm{arm}.weight{layer}"
+        for number, (inputs, outputs) in enumerate(pairwise(sizes)):
+            name = f"arm{arm}.weight{number}"
             groups.append(Group(name, (outputs, inputs), ARM_MAX_WEIGHT, ARM_MAX_WEIGHT_EXPONENT))
         groups.append(Group(f"arm{arm}.bias", (sum(sizes[1:]),), ARM_MAX_BIAS, ARM_MAX_BIAS_EXPONENT, True))
     if architecture.grid_scales:
@@ -115,9 +116,7 @@ def mac_per_pixel(header: Header) -> dict[str, float]:
     architecture = header.architecture
     sizes = arm_sizes(architecture)
     shapes = header.grid_shapes
-    arm = sum(math.prod(shape) for shape in shapes) * sum(
-        a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-    )
+    arm = sum(math.prod(shape) for shape in shapes) * sum(a * b for a, b in pairwise(sizes))
     upsampler = 0
     for level in range(1, len(shapes)):
         stacked = sum(architecture.channels[level:])

@@ -64,9 +64,7 @@ def choose_outputs(inputs: Sequence[str], output: str | None, suffix: str) -> li
     Raises click.UsageError where two inputs would go to one place, or where an output would replace an input.
     """
     if output is None:
-        outputs = [
-            STANDARD if source == STANDARD else str(Path(source).with_suffix(suffix)) for source in inputs
-        ]
+        outputs = [STANDARD if source == STANDARD else str(Path(source).with_suffix(suffix)) for source in inputs]
     elif output != STANDARD and (len(inputs) > 1 or output.endswith("/") or os.path.isdir(output)):
         stems = ["stdin" if source == STANDARD else Path(source).stem for source in inputs]
         outputs = [str(Path(output, stem + suffix)) for stem in stems]

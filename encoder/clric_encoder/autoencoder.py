@@ -71,9 +71,7 @@ class ImageEncoder:
             return self._encode(padded)[0].float().cpu().numpy()
 
 
-def load_encoder(
-    name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu"
-) -> ImageEncoder:
+def load_encoder(name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu") -> ImageEncoder:
     """The encoder of the autoencoder of this name or alias, float32 on `device`.
 
     Weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then
@@ -124,9 +122,7 @@ def _in_tiles(
         for left, right in _spans(w, columns):
             y0, y1 = max(0, top - halo), min(h, bottom + halo)
             x0, x1 = max(0, left - halo), min(w, right + halo)
-            pixels = torch.from_numpy(np.ascontiguousarray(image[8 * y0 : 8 * y1, 8 * x0 : 8 * x1])).to(
-                device
-            )
+            pixels = torch.from_numpy(np.ascontiguousarray(image[8 * y0 : 8 * y1, 8 * x0 : 8 * x1])).to(device)
             tile = network(pixels.permute(2, 0, 1)[None].float() / 255)
             if rows == columns == 1:
                 return tile
@@ -139,9 +135,7 @@ def _in_tiles(
                 result[..., y0:y1, x0:x1] += tile * weight.to(tile)
                 weights[y0:y1, x0:x1] += weight.to(tile)
             else:
-                result[..., top:bottom, left:right] = tile[
-                    ..., top - y0 : bottom - y0, left - x0 : right - x0
-                ]
+                result[..., top:bottom, left:right] = tile[..., top - y0 : bottom - y0, left - x0 : right - x0]
     return result / weights if blend else result
 
 
@@ -247,9 +241,7 @@ def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
     try:
         vae = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).float()
     except Exception as error:  # diffusers and safetensors share no base class for what a damaged file does
-        raise ModelError(
-            f"{folder} holds no {autoencoder.name} in diffusers layout: {_brief(error)}"
-        ) from error
+        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {_brief(error)}") from error
     channels = LATENT_SPACES[autoencoder.space].channels
     if vae.config.latent_channels != channels:
         raise ModelError(

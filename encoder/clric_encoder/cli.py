@@ -69,9 +69,7 @@ def command(
         check_output(place)
         from clric_decoder.image import read_image
 
-        image, notes = read_image(
-            io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source
-        )
+        image, notes = read_image(io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source)
         for note in notes if not quiet else ():
             print_error(NAME, note, source)
         last: list[Progress] = []

@@ -125,9 +125,7 @@ def _check(data: bytes, function: Function) -> None:
         for decoded, coded in zip(networks, function.networks, strict=True)
     )
     if not same:
-        raise ClricError(
-            "the stream does not decode to what was encoded; nothing was written; please report this"
-        )
+        raise ClricError("the stream does not decode to what was encoded; nothing was written; please report this")
     synthesize(grids, networks, function.architecture)
 
 

@@ -122,9 +122,7 @@ class _Trainer:
         networks = _random_networks(self.architecture, self.defaults, generator)
         grids = [torch.zeros(shape, device=self.latent.device) for shape in self.shapes]
         if self.preset.start == "principal":
-            _start_from_principal_components(
-                self.latent, grids, networks, self.architecture, self.lmbda, self.pixels
-            )
+            _start_from_principal_components(self.latent, grids, networks, self.architecture, self.lmbda, self.pixels)
         for tensor in (*grids, *networks.values()):
             tensor.requires_grad_(True)
         return _State(grids, networks, _optimizer(grids, networks), generator)
@@ -133,7 +131,7 @@ class _Trainer:
         """Some iterations of a stage; `state` is changed in place."""
         for iteration in range(iterations):
             position = iteration / stage.iterations
-            for group, rates in zip(state.optimizer.param_groups, (stage.grid_rate, stage.network_rate)):
+            for group, rates in zip(state.optimizer.param_groups, (stage.grid_rate, stage.network_rate), strict=False):
                 group["lr"] = _cosine(rates, position)
             grids = [self.rounded(grid, stage, position, state.generator) for grid in state.grids]
             bits = grid_bits(grids, state.networks, self.architecture)
@@ -156,9 +154,7 @@ class _Trainer:
                 self.report(self.last)
         self.done += iterations
 
-    def rounded(
-        self, grid: torch.Tensor, stage: Stage, position: float, generator: torch.Generator
-    ) -> torch.Tensor:
+    def rounded(self, grid: torch.Tensor, stage: Stage, position: float, generator: torch.Generator) -> torch.Tensor:
         if stage.rounding == "uniform":
             return add_uniform_noise(grid, generator)
         if stage.rounding == "soft":

@@ -78,7 +78,7 @@ def _total(parameters: Parameters, cost: Cost, weight: float) -> float:
 
 def _best_exponent(group: Group, values: np.ndarray, cost: Cost, weight: float) -> Parameters:
     """All of a group rounded with the exponent of lowest cost."""
-    differences = values - np.broadcast_to(np.float32(group.default), group.shape)
+    differences = values - np.broadcast_to(np.array(group.default, np.float32), group.shape)
     trials = []
     for exponent in range(min(group.max_exponent, 12) + 1):
         integers = np.rint(differences * 2.0**exponent)

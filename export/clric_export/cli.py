@@ -37,8 +37,6 @@ def main(name: str, output: Path | None, models: Path | None, only_fp32: bool | 
                 manifest = write_decoder(decoder, folder, precision)
                 path = folder / manifest["file"]
                 megabytes = path.stat().st_size / 1e6
-                click.echo(
-                    f"{path}  {megabytes:.1f} MB, differs from torch by at most {manifest['parity']:.2g}"
-                )
+                click.echo(f"{path}  {megabytes:.1f} MB, differs from torch by at most {manifest['parity']:.2g}")
     except (ClricError, OSError) as error:
         raise click.ClickException(" ".join(str(error).split())) from error

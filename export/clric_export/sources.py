@@ -184,9 +184,7 @@ def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
     try:
         vae = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).float()
     except Exception as error:  # diffusers and safetensors share no base class for what a damaged file does
-        raise ModelError(
-            f"{folder} holds no {autoencoder.name} in diffusers layout: {_brief(error)}"
-        ) from error
+        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {_brief(error)}") from error
     channels = LATENT_SPACES[autoencoder.space].channels
     if vae.config.latent_channels != channels:
         raise ModelError(

@@ -274,9 +274,7 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
     def networks(name: str, exponent: int, integer: int) -> bytes:
         return encode_networks(
             [
-                Parameters(
-                    g, exponent * (g.name == name), np.full(g.shape, integer * (g.name == name), np.int32)
-                )
+                Parameters(g, exponent * (g.name == name), np.full(g.shape, integer * (g.name == name), np.int32))
                 for g in groups
             ]
         )
@@ -309,8 +307,7 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
 
     deep = replace(small, synthesis=(SynthesisLayer(4),) * 8)
     huge = [
-        Parameters(g, 0, np.full(g.shape, 32767 * ("synthesis" in g.name), np.int32))
-        for g in parameter_groups(deep)
+        Parameters(g, 0, np.full(g.shape, 32767 * ("synthesis" in g.name), np.int32)) for g in parameter_groups(deep)
     ]
     not_finite = bitstream.write(
         width=8,

@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work += [(check_invalid, name, entry) for name, entry in manifest["invalid"].items()]
     failures = 0
     with ThreadPoolExecutor(max(1, given.jobs)) as pool:
-        for (_, name, _), faults in zip(work, pool.map(lambda item: run_one(options, *item), work)):
+        for (_, name, _), faults in zip(work, pool.map(lambda item: run_one(options, *item), work), strict=True):
             if faults:
                 failures += 1
                 print(f"FAIL {name}: {'; '.join(faults)}", flush=True)

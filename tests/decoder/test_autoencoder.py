@@ -64,9 +64,7 @@ def test_tiles_stay_under_the_limit_and_cover_everything() -> None:
     for height, width in [(171, 256), (64, 96), (3, 8192), (8192, 1), (500, 500), (64, 1000)]:
         for halo in (0, 3, 19):
             rows, columns = autoencoder._tiling(height, width, halo, 12_288)
-            tile = autoencoder._strip_length(height, rows, halo) * autoencoder._strip_length(
-                width, columns, halo
-            )
+            tile = autoencoder._strip_length(height, rows, halo) * autoencoder._strip_length(width, columns, halo)
             assert tile <= 12_288
             for length, count in ((height, rows), (width, columns)):
                 total = np.zeros(8 * length)

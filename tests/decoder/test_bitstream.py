@@ -8,7 +8,6 @@ import pytest
 from clric_decoder import StreamError, bitstream, decode_latent, read_header
 from clric_decoder.bitstream import REGISTERED_ARCHITECTURES, Segments
 from clric_decoder.networks import count_parameters, mac_per_pixel
-
 from conformance import make_vectors
 
 ROOT = Path(__file__).parents[2]

@@ -59,9 +59,7 @@ def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *pa
     assert all(part in message for part in parts), message
 
 
-def test_image_beside_the_stream(
-    run: Run, file: Path, stream: bytes, toy: list[str], toy_models: Path
-) -> None:
+def test_image_beside_the_stream(run: Run, file: Path, stream: bytes, toy: list[str], toy_models: Path) -> None:
     result = run("clric-dec", file.name, *toy)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
     image = pixels(file.with_suffix(".png"))
@@ -177,9 +175,7 @@ def test_bad_inputs(run: Run, tmp_path: Path, toy: list[str]) -> None:
     (tmp_path / "folder").mkdir()
     assert_one_line(run("clric-dec", "folder", *toy), 1, "folder: ", "directory")
     assert_one_line(run("clric-dec", "gone.clric", *toy), 1, "gone.clric: No such file or directory")
-    assert_one_line(
-        run("clric-dec", "/dev/zero", "--max-pixels", "99"), 1, "/dev/zero: longer than the limit"
-    )
+    assert_one_line(run("clric-dec", "/dev/zero", "--max-pixels", "99"), 1, "/dev/zero: longer than the limit")
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path, file: Path) -> None:
@@ -209,13 +205,9 @@ def test_bad_choices(run: Run, file: Path, toy: list[str], make_stream: Callable
 def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
     name = file.name
     full = "cannot be written (No space left on device)"
-    assert_one_line(
-        run("clric-dec", name, *toy, "-o", "gone/x.png"), 1, "gone/x.png: cannot be written (No such"
-    )
+    assert_one_line(run("clric-dec", name, *toy, "-o", "gone/x.png"), 1, "gone/x.png: cannot be written (No such")
     assert_one_line(run("clric-dec", name, "--latent", "/dev/full"), 1, f"/dev/full: {full}")
-    assert_one_line(
-        run("clric-dec", name, *toy, "-o", f"{name}/x.png"), 1, f"{name}/x.png: cannot be written"
-    )
+    assert_one_line(run("clric-dec", name, *toy, "-o", f"{name}/x.png"), 1, f"{name}/x.png: cannot be written")
     assert_one_line(run("clric-dec", name, *toy, "-o", f"{name}/"), 2, f"{name}/: cannot be made a folder")
     with open("/dev/full", "wb") as device:
         assert_one_line(run("clric-dec", name, *toy, "-o", "-", stdout=device), 1, full)

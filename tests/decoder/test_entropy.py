@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from clric_decoder import entropy
 from clric_decoder.errors import StreamError
+from conformance import make_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from conformance import make_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,11 +59,7 @@ def test_every_decoder_gives_back_what_was_coded(decoder, batches) -> None:
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    st.lists(
-        st.tuples(st.integers(-33000, 33000), st.integers(-1023, 1022), st.integers(0, 1279)), max_size=40
-    )
-)
+@given(st.lists(st.tuples(st.integers(-33000, 33000), st.integers(-1023, 1022), st.integers(0, 1279)), max_size=40))
 def test_any_integer_survives_any_table(coded) -> None:
     values, means, tables = np.array(coded, np.int64).reshape(-1, 3).T
     coder = entropy.RangeEncoder()

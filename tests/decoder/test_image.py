@@ -61,9 +61,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_unknown_suffix_names_those_that_are_known(tmp_path: Path) -> None:
-    with pytest.raises(
-        ImageError, match=r"image\.xyz: no image format has the suffix '\.xyz'; use one of \.png"
-    ):
+    with pytest.raises(ImageError, match=r"image\.xyz: no image format has the suffix '\.xyz'; use one of \.png"):
         write_image(tmp_path / "image.xyz", gradient())
 
 
@@ -76,9 +74,7 @@ def test_failed_write_keeps_the_older_file(tmp_path: Path) -> None:
 
 
 def test_missing_folder_and_full_disk_are_one_line() -> None:
-    with pytest.raises(
-        ClricError, match=r"^/nowhere/image\.png: cannot be written \(No such file or directory\)$"
-    ):
+    with pytest.raises(ClricError, match=r"^/nowhere/image\.png: cannot be written \(No such file or directory\)$"):
         write_image("/nowhere/image.png", gradient())
 
 

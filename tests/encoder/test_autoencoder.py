@@ -52,9 +52,7 @@ def test_latent_has_the_space_s_shape_and_spread(name: str, shared: Path, photo:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (8, 17), (1, 100)])
-def test_odd_sizes_are_continued_by_their_edges(
-    size: tuple[int, int], shared: Path, photo: np.ndarray
-) -> None:
+def test_odd_sizes_are_continued_by_their_edges(size: tuple[int, int], shared: Path, photo: np.ndarray) -> None:
     encoder = load_encoder("taesd", shared / "models")
     height, width = size
     latent = encoder.encode(photo[:height, :width])

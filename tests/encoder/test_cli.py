@@ -63,9 +63,7 @@ def test_one_pixel_through_pipes(run: Run, weights: list[str]) -> None:
     assert result.stderr.count(b"\n") == 1
 
 
-def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(
-    run: Run, tmp_path: Path, weights: list[str]
-) -> None:
+def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_path: Path, weights: list[str]) -> None:
     (tmp_path / "text.png").write_text("just some text\n")
     write_photo(tmp_path / "photo.png")
     result = run("clric-enc", "text.png", "photo.png", "--json", "--quality", "20", *weights)
@@ -86,9 +84,7 @@ def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path,
     terminal, side = pty.openpty()
     command = Path(sys.executable).with_name("clric-enc")
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
-    process = subprocess.Popen(
-        [command, photo, *weights], stdin=side, stdout=side, stderr=side, env=environment
-    )
+    process = subprocess.Popen([command, photo, *weights], stdin=side, stdout=side, stderr=side, env=environment)
     os.close(side)
     seen = b""
     deadline = time.monotonic() + 120
@@ -157,9 +153,7 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("clric-enc", photo.name, "-o", "./photo.png"), 2, "is an input")
     assert_one_line(run("clric-enc", photo.name, "-o", "-", "--json"), 2, "standard output")
     write_photo(tmp_path / "photo.jpg")
-    assert_one_line(
-        run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.clric", "output of photo.png already"
-    )
+    assert_one_line(run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.clric", "output of photo.png already")
     assert photo.read_bytes() == before
     assert not list(tmp_path.rglob("*.clric*"))
 

@@ -15,7 +15,15 @@ from clric_encoder.parameters import as_networks
 from conformance import make_vectors
 
 ARCHITECTURES = {case.name: case.architecture for case in make_vectors.CASES if case.space == "sd1"}
-NAMES = ("size-7x5", "arm-two", "arm-earlier", "arm-linear", "grids-paper", "grids-gap", "synthesis-eight-layers")
+NAMES = (
+    "size-7x5",
+    "arm-two",
+    "arm-earlier",
+    "arm-linear",
+    "grids-paper",
+    "grids-gap",
+    "synthesis-eight-layers",
+)
 
 
 def random_function(architecture, height, width) -> tuple[list[np.ndarray], list[Parameters]]:
@@ -47,9 +55,7 @@ def test_bits_are_those_of_the_integer_model(name) -> None:
     tensors = [torch.from_numpy(grid).float() for grid in grids]
     trained = grid_bits(tensors, as_networks(networks, torch.device("cpu")), architecture).item()
     coded = 0.0
-    for grid, coarser, arm in zip(
-        grids, [*grids[1:], None], build_arms(networks, architecture), strict=True
-    ):
+    for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
         coded += ideal_bits(*predict(grid, arm, architecture, coarser)).sum()
     assert coded == pytest.approx(trained, rel=0.01)
 
@@ -66,9 +72,7 @@ def test_gradients_reach_every_grid_and_parameter() -> None:
     grids, networks = random_function(architecture, 13, 22)
     tensors = [torch.from_numpy(grid).float().requires_grad_() for grid in grids]
     values = {name: v.requires_grad_() for name, v in as_networks(networks, torch.device("cpu")).items()}
-    loss = (
-        grid_bits(tensors, values, architecture) + synthesize(tensors, values, architecture).square().sum()
-    )
+    loss = grid_bits(tensors, values, architecture) + synthesize(tensors, values, architecture).square().sum()
     loss.backward()
     for tensor in (*tensors, *values.values()):
         assert not tensor.numel() or tensor.grad.abs().sum() > 0

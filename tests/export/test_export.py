@@ -128,9 +128,7 @@ def test_diffusers_layout_gives_the_same_decoder(shared: Path, tmp_path: Path) -
     with torch.inference_mode():
         image = ours.module(latent)
         assert torch.equal(theirs.module(latent), image)
-        torch.testing.assert_close(
-            (vae.decode(latent).sample / 2 + 0.5).clamp(0, 1), image, atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close((vae.decode(latent).sample / 2 + 0.5).clamp(0, 1), image, atol=1e-5, rtol=0)
 
 
 def test_the_halo_is_what_a_tile_needs(shared: Path) -> None:
@@ -244,9 +242,7 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "Error: the decoder weights of sdxl-refiner are missing: no "
-    )
+    assert done.stderr.splitlines()[-1].startswith("Error: the decoder weights of sdxl-refiner are missing: no ")
     assert "hf download stabilityai/stable-diffusion-xl-refiner-1.0 vae/config.json" in done.stderr
     assert not list(tmp_path.glob("*.onnx"))
 
