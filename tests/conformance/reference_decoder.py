@@ -9,8 +9,17 @@ Command line: python reference_decoder.py STREAM [--grids OUT] [--latent OUT]
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import struct
+import sys
 import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import mul
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,3 +289,387 @@ D_TEXT = """
     2143293437 2143640897 2143959568 2144251832 2144519874 2144765700 2144991148 2145197905
 """  # appendix A
 D = [int(number) for number in D_TEXT.split()]
+
+BIT = (0, 32768, 65536)  # section 5.1: a bit of equal probability
+
+
+@cache
+def powers(scale: int) -> list[int]:
+    """Section 4: P[0 ... 520] of a scale index."""
+    result = [1 << 31]
+    for _ in range(520):
+        result.append((result[-1] * D[scale] + (1 << 30)) >> 31)
+    return result
+
+
+@cache
+def table(scale: int, fraction: int) -> tuple[int, ...]:
+    """Section 4: cum[0 ... 64] of T(s, f)."""
+    power = powers(scale)
+    cum = [0]
+    for j in range(1, 64):
+        z = 16 * (j - 32) + 8 - fraction
+        distribution = (1 << 32) - power[z] if z >= 0 else power[-z]
+        cum.append(j + ((distribution * 65472) >> 32))
+    cum.append(65536)
+    return tuple(cum)
+
+
+# ---- section 5: the range coder
+
+
+class RangeDecoder:
+    """Decodes the symbols of one segment (section 5)."""
+
+    def __init__(self, segment: bytes) -> None:
+        """Start on the first byte of ``segment``."""
+        self.segment = segment
+        self.position = 0
+        self.range = (1 << 64) - 1
+        self.value = self.next_bytes(8)
+
+    def next_bytes(self, count: int) -> int:
+        """The next bytes as a big-endian integer; zeros follow the segment."""
+        piece = self.segment[self.position : self.position + count]
+        self.position += count
+        return int.from_bytes(piece, "big") << (8 * (count - len(piece)))
+
+    def symbol(self, cum: Sequence[int]) -> int:
+        """Section 5.1: one symbol."""
+        unit = (self.range >> 24) * 256
+        q = self.value // unit
+        if q >= 65536:
+            raise StreamError("payload", "the range coder's value is outside of its range")
+        k = bisect_right(cum, q) - 1  # cum[k] <= q < cum[k + 1]
+        self.value -= unit * cum[k]
+        self.range = unit * (cum[k + 1] - cum[k])
+        if self.range < 1 << 32:
+            self.range <<= 32
+            self.value = (self.value << 32) + self.next_bytes(4)
+        return k
+
+    def bits(self, count: int) -> int:
+        """Section 5.1: a number of ``count`` bits, the most significant first."""
+        result = 0
+        for _ in range(count):
+            result = 2 * result + self.symbol(BIT)
+        return result
+
+    def excess(self) -> int:
+        """Section 5.2: the excess of an escape."""
+        n = 0
+        while self.symbol(BIT) == 0:
+            n += 1
+            if n > MAX_ESCAPE_BITS:
+                raise StreamError("payload", f"an escape has more than {MAX_ESCAPE_BITS} bits")
+        return (1 << n) + self.bits(n) - 1
+
+    def batch(self, models: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        """Section 5.2: integers of known means m and tables: all the symbols, then all the excesses."""
+        symbols = [self.symbol(cum) for _, cum in models]
+        values: list[int] = []
+        for (m, _), k in zip(models, symbols, strict=False):
+            if k == 0:
+                values.append(m - 31 - self.excess())
+            elif k == 63:
+                values.append(m + 32 + self.excess())
+            else:
+                values.append(m + k - 31)
+        return values
+
+
+# ---- section 6: networks
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parameters of one group (section 6.1), flat in row-major order."""
+
+    exponent: int
+    integers: list[int]
+
+    def values(self, shape: Sequence[int]) -> Array:
+        """Section 6.2 for default 0: integer * 2^-k."""
+        return np.array(self.integers, dtype=np.float64).reshape(shape) * 2.0**-self.exponent
+
+
+@dataclass(frozen=True)
+class ArmLayer:
+    """A layer of the integer ARM (section 7.3)."""
+
+    exponent: int
+    weights: list[list[int]]  # [output][input]
+    biases: list[int]  # B[o] * 2^(5 - kb + k)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All networks of a stream."""
+
+    arms: list[list[ArmLayer]]
+    scale_offsets: list[int]  # G of every grid, the finest level first
+    upsampler: Array  # (L - 1, 4)
+    weights: list[Array]  # of each synthesis layer: (outputs, inputs or 1, kernel, kernel)
+    biases: list[Array]
+
+
+def read_group(decoder: RangeDecoder, name: str, count: int, limit: int, largest: int, halving: bool = False) -> Group:
+    """Section 6.2: one group; with ``halving``, the limit halves for each step below ``largest``."""
+    exponent = decoder.bits(4)
+    code = decoder.bits(4)
+    if exponent > largest:
+        raise StreamError("payload", f"the exponent of {name} is {exponent}, over {largest}")
+    if code == 0:
+        return Group(exponent, [0] * count)
+    integers = decoder.batch([(0, table(8 + 4 * (code - 1), 0))] * count)
+    if halving:
+        limit >>= largest - exponent
+    for integer in integers:
+        if abs(integer) > limit:
+            raise StreamError("payload", f"an integer of {name} is {integer}, over {limit}")
+    return Group(exponent, integers)
+
+
+def read_networks(segment: bytes, architecture: Architecture) -> Networks:
+    """Section 6: the groups in their order."""
+    decoder = RangeDecoder(segment)
+    widths = architecture.arm_widths
+    arms: list[list[ArmLayer]] = []
+    for a in range(2 if architecture.two_arms else 1):
+        weights = [
+            read_group(decoder, f"arm{a}.weight{n}", inputs * outputs, 127, 8)
+            for n, (inputs, outputs) in enumerate(itertools.pairwise(widths))
+        ]
+        bias = read_group(decoder, f"arm{a}.bias", sum(widths[1:]), 2047, 5, halving=True)
+        arm: list[ArmLayer] = []
+        start = 0
+        for group, inputs, outputs in zip(weights, widths, widths[1:], strict=False):
+            rows = [group.integers[o * inputs : (o + 1) * inputs] for o in range(outputs)]
+            shift = 5 - bias.exponent + group.exponent
+            arm.append(ArmLayer(group.exponent, rows, [b << shift for b in bias.integers[start : start + outputs]]))
+            start += outputs
+        arms.append(arm)
+
+    grids = sum(architecture.channels)
+    offsets = [0] * grids
+    if architecture.grid_scales:
+        group = read_group(decoder, "grid_scales", grids, 127, 3, halving=True)
+        offsets = [integer << (3 - group.exponent) for integer in group.integers]
+
+    upsampler = np.zeros((0, 4))
+    if architecture.levels > 1:
+        shape = (architecture.levels - 1, 4)
+        group = read_group(decoder, "upsampler", shape[0] * 4, 32767, 15)
+        upsampler = group.values(shape) + np.array(UPSAMPLER_DEFAULT)
+
+    synthesis: list[Array] = []
+    for n, layer in enumerate(architecture.layers):
+        full = (layer.outputs, 1 if layer.depthwise else layer.inputs, layer.kernel, layer.kernel)
+        count = full[0] * full[1] * full[2] * full[3]
+        synthesis.append(read_group(decoder, f"synthesis.weight{n}", count, 32767, 15).values(full))
+    ends = np.cumsum([layer.outputs for layer in architecture.layers])
+    group = read_group(decoder, "synthesis.bias", int(ends[-1]), 32767, 15)
+    biases = np.split(group.values((int(ends[-1]),)), ends[:-1])
+    return Networks(arms, offsets, upsampler, synthesis, list(biases))
+
+
+# ---- section 7: grids
+
+
+def clip(value: int, low: int, high: int) -> int:
+    """``value`` limited to ``low`` ... ``high``."""
+    return low if value < low else high if value > high else value
+
+
+def read_grids(header: Header, networks: Networks) -> list[Level]:
+    """Section 7: all levels, the finest first."""
+    architecture = header.architecture
+    levels: list[Level] = [[] for _ in architecture.channels]
+    for i in range(architecture.levels - 1, -1, -1):
+        coarser = levels[i + 1] if i + 1 < architecture.levels else []
+        arm = networks.arms[1 if architecture.two_arms and i == 0 else 0]  # section 6.1
+        first = sum(architecture.channels[:i])
+        offsets = networks.scale_offsets[first : first + architecture.channels[i]]
+        levels[i] = read_level(header.levels[i], header.size(i), offsets, coarser, architecture, arm)
+    return levels
+
+
+def read_level(
+    segment: bytes,
+    size: tuple[int, int],
+    offsets: Sequence[int],
+    coarser: Level,
+    architecture: Architecture,
+    arm: Sequence[ArmLayer],
+) -> Level:
+    """Section 7.1: one level; ``offsets`` has G for each of its channels."""
+    rows, columns = size
+    channels = len(offsets)
+    if segment and rows * columns * channels > MAX_VALUES_PER_BYTE * len(segment):
+        raise StreamError("payload", f"{len(segment)} bytes code {rows * columns * channels} values")
+    level: Level = [[[0] * columns for _ in range(rows)] for _ in range(channels)]
+    if not segment:
+        return level
+    decoder = RangeDecoder(segment)
+    for step in range((columns - 1) + 2 * (rows - 1) + (channels - 1) + 1):
+        places: list[tuple[int, int, int]] = []
+        for c in range(max(0, step - (columns - 1) - 2 * (rows - 1)), min(channels, step + 1)):
+            rest = step - c  # = x + 2 y, with 0 <= x < columns
+            for y in range(max(0, (rest - columns + 2) // 2), min(rows - 1, rest // 2) + 1):
+                places.append((c, y, rest - 2 * y))
+        models: list[tuple[int, Sequence[int]]] = []
+        for c, y, x in places:
+            mean, scale = run_arm(arm, context(level, coarser, architecture, c, y, x))
+            models.append((mean >> 4, table(clip(scale + offsets[c], 0, 79), mean & 15)))
+        for (c, y, x), value in zip(places, decoder.batch(models), strict=False):
+            if abs(value) > MAX_GRID_VALUE:
+                raise StreamError("payload", f"a grid value is {value}")
+            level[c][y][x] = value
+    return level
+
+
+def context(level: Level, coarser: Level, architecture: Architecture, c: int, y: int, x: int) -> list[int]:
+    """Section 7.2: the values that the ARM sees at (y, x) of channel c."""
+    grid = level[c]
+    columns = len(grid[0])
+    values: list[int] = []
+    for dy, dx in NEIGHBOURS[: architecture.neighbours]:
+        inside = y + dy >= 0 and 0 <= x + dx < columns
+        values.append(grid[y + dy][x + dx] if inside else 0)
+    for back in range(1, architecture.earlier + 1):
+        values.append(level[c - back][y][x] if c >= back else 0)
+    if architecture.coarser:
+        if coarser:
+            source = coarser[min(c, len(coarser) - 1)]
+            y0, x0 = y >> 1, x >> 1
+            y1 = clip(y0 + 1 if y & 1 else y0 - 1, 0, len(source) - 1)
+            x1 = clip(x0 + 1 if x & 1 else x0 - 1, 0, len(source[0]) - 1)
+            samples = [source[y0][x0], source[y0][x1], source[y1][x0], source[y1][x1]]
+        else:
+            samples = [0, 0, 0, 0]
+        values += samples[: architecture.coarser]
+    return values
+
+
+def run_arm(arm: Sequence[ArmLayer], values: Sequence[int]) -> tuple[int, int]:
+    """Section 7.3: the mean in sixteenths, and the scale index before the grid's offset and its clip."""
+    a = [32 * clip(value, -63, 63) for value in values]
+    for layer in arm[:-1]:
+        k = layer.exponent
+        half = (1 << k) >> 1
+        sums = [sum(map(mul, row, a), bias) for row, bias in zip(layer.weights, layer.biases, strict=False)]
+        a += [0] * (len(sums) - len(a))  # outputs without an input of their number
+        a = [clip((total + (own << k) + half) >> k, 0, 2047) for total, own in zip(sums, a, strict=False)]
+    layer = arm[-1]
+    k = layer.exponent
+    first, second = (sum(map(mul, row, a), bias) for row, bias in zip(layer.weights, layer.biases, strict=False))
+    mean = clip((first + (1 << k)) >> (k + 1), -16368, 16368)
+    scale = (second + (1 << (k + 1)) + ((32 * 4) << k)) >> (k + 2)
+    return mean, scale
+
+
+# ---- sections 8 and 9: grids to latent
+
+
+def double(stack: Array, taps: Array, axis: int) -> Array:
+    """Section 8: doubles one axis; border samples are replicated outside."""
+    u0, u1, u2, u3 = taps
+    moved = np.moveaxis(stack, axis, -1)
+    n = moved.shape[-1]
+    padded = np.concatenate([moved[..., :1]] * 2 + [moved] + [moved[..., -1:]] * 2, axis=-1)
+    at = [padded[..., shift : shift + n] for shift in range(5)]  # at[2 + d] holds in[n + d]
+    out = np.empty((*moved.shape[:-1], 2 * n))
+    out[..., 0::2] = u0 * at[0] + u1 * at[1] + u2 * at[2] + u3 * at[3]
+    out[..., 1::2] = u3 * at[1] + u2 * at[2] + u1 * at[3] + u0 * at[4]
+    return np.moveaxis(out, -1, axis)
+
+
+def upsample(header: Header, grids: Sequence[Level], upsampler: Array) -> Array:
+    """Section 8: the stack of all levels' grids in the size of level 0, the finest level's first."""
+    stack = np.array(grids[-1], dtype=np.float64)
+    for i in range(len(grids) - 2, -1, -1):
+        rows, columns = header.size(i)
+        stack = double(double(stack, upsampler[i], 1), upsampler[i], 2)[:, :rows, :columns]
+        if grids[i]:
+            stack = np.concatenate([np.array(grids[i], dtype=np.float64), stack])
+    return stack
+
+
+def synthesise(stack: Array, layers: Sequence[Layer], networks: Networks) -> Array:
+    """Section 9: the latent."""
+    rows, columns = stack.shape[1:]
+    inputs = [stack]  # of every layer so far
+    for n, (layer, weight, bias) in enumerate(zip(layers, networks.weights, networks.biases, strict=False)):
+        margin = layer.kernel // 2
+        padded = np.pad(inputs[n], ((0, 0), (margin, margin), (margin, margin)), mode="edge")
+        out = np.zeros((layer.outputs, rows, columns)) + bias[:, None, None]
+        for dy in range(layer.kernel):
+            for dx in range(layer.kernel):
+                seen = padded[:, dy : dy + rows, dx : dx + columns]
+                if layer.depthwise:
+                    out += weight[:, 0, dy, dx, None, None] * seen
+                else:
+                    out += np.tensordot(weight[:, :, dy, dx], seen, axes=1)
+        if layer.residual:
+            out += inputs[n - (layer.residual - 1)]
+        if layer.relu:
+            out = np.maximum(out, 0.0)
+        inputs.append(out)
+    return inputs[-1]
+
+
+# ---- the whole
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A decoded stream."""
+
+    width: int
+    height: int
+    space: str  # "sd1", ..., or "custom-" and the fingerprint in 16 hexadecimal digits
+    channels: int  # of the latent
+    grids: list[Level]  # the finest level first, [channel][row][column]; empty for a level without channels
+    latent: Array  # (channels, ceil(height / 8), ceil(width / 8))
+    metadata: bytes  # the metadata segment as it is
+
+
+def decode(data: bytes, max_pixels: int = 2**28) -> Decoded:
+    """Decode a stream; raises StreamError for one that is not valid or has more than ``max_pixels``."""
+    check_container(data)
+    header = read_header(data, max_pixels)
+    networks = read_networks(header.networks, header.architecture)
+    grids = read_grids(header, networks)
+    stack = upsample(header, grids, networks.upsampler)
+    latent = synthesise(stack, header.architecture.layers, networks)
+    if not np.abs(latent).max() <= np.finfo(np.float32).max:
+        raise StreamError("payload", "the latent is not finite in single precision")
+    return Decoded(header.width, header.height, header.space, header.channels, grids, latent, header.metadata)
+
+
+def grids_bytes(grids: Sequence[Level]) -> bytes:
+    """The grids as the conformance suite hashes them: 4-byte big-endian, level, channel, row, column."""
+    return b"".join(struct.pack(f">{len(row)}i", *row) for level in grids for channel in level for row in channel)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Decode a clric stream to its grids and its latent.")
+    parser.add_argument("stream", type=Path)
+    parser.add_argument("--grids", type=Path, help="file for the grids: 4-byte big-endian signed integers")
+    parser.add_argument("--latent", type=Path, help="file for the latent: little-endian float32, (C, h, w)")
+    options = parser.parse_args(arguments)
+    try:
+        decoded = decode(options.stream.read_bytes())
+    except StreamError as error:
+        print(f"error: {error.kind}: {error}", file=sys.stderr)
+        return 1
+    if options.grids:
+        options.grids.write_bytes(grids_bytes(decoded.grids))
+    if options.latent:
+        options.latent.write_bytes(decoded.latent.astype("<f4").tobytes())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -236,11 +236,20 @@ def test_disk_that_fills_up_midway(run: Run, tmp_path: Path, file: Path, toy: li
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["older.png", "photo.clric"]
 
 
+def hear_interrupts() -> None:
+    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_control_c_is_quiet_and_leaves_nothing(tmp_path: Path) -> None:
     """Interrupted where it waits for its input."""
     command = Path(sys.executable).with_name("clric-dec")
     process = subprocess.Popen(
-        [command, "-", "-o", "x.png"], cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        [command, "-", "-o", "x.png"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear_interrupts,
     )
     time.sleep(2)  # until it has started and reads
     process.send_signal(signal.SIGINT)

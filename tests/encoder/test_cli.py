@@ -79,12 +79,19 @@ def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_pat
     assert decode_latent(data).shape == (4, 2, 3)
 
 
+def hear_interrupts() -> None:
+    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path, weights: list[str]) -> None:
     photo = write_photo(tmp_path / "photo.png", 64, 64)
     terminal, side = pty.openpty()
     command = Path(sys.executable).with_name("clric-enc")
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
-    process = subprocess.Popen([command, photo, *weights], stdin=side, stdout=side, stderr=side, env=environment)
+    process = subprocess.Popen(
+        [command, photo, *weights], stdin=side, stdout=side, stderr=side, env=environment, preexec_fn=hear_interrupts
+    )
     os.close(side)
     seen = b""
     deadline = time.monotonic() + 120
