@@ -6,7 +6,6 @@ anything is allocated for it.
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,7 +47,7 @@ class SynthesisLayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of the function, as the header gives it (specification, "Architecture").
+    """The shape of the function, as the header gives it (specification, "Architecture description").
 
     channels: grids of each level, the finest (level 0) first.
     neighbours, earlier, coarser: inputs of the ARM: decoded neighbours in the grid, co-located values of the
@@ -296,7 +295,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     if width * height > max_pixels:
         raise StreamError(
             "limit",
-            f"the image has {width} x {height} pixels, over the limit of {max_pixels}; raise --max-pixels",
+            f"the image has {width} x {height} pixels, over the limit of {max_pixels}; raise max_pixels (--max-pixels)",
         )
     if width * height > len(data) * MAX_PIXELS_PER_BYTE:
         raise StreamError("field", f"{len(data)} bytes are too few for an image of {width} x {height} pixels")
@@ -367,7 +366,7 @@ def write(
     if registered is None:
         parts += [bytes([channels]), bytes.fromhex(space.removeprefix("custom-"))]
     description = architecture.to_bytes()
-    numbers = [n for n, registered in REGISTERED_ARCHITECTURES.items() if registered == description]
+    numbers = [number for number, known in REGISTERED_ARCHITECTURES.items() if known == description]
     parts.append(bytes(numbers[:1]) or b"\0" + description)
     parts.append(_length(len(segments.networks)))
     coarse = [(c, level) for c, level in zip(architecture.channels, segments.levels, strict=True)][:0:-1]
@@ -376,6 +375,6 @@ def write(
     parts += [segments.networks, *segments.levels[::-1], segments.metadata]
     body = b"".join(parts)
     data = body + zlib.crc32(body).to_bytes(CHECKSUM_BYTES, "big")
-    if read(data, max_pixels=math.inf)[1] != segments:  # type: ignore[arg-type]
+    if read(data, max_pixels=MAX_SIDE**2)[1] != segments:
         raise StreamError("field", "the stream does not read back as written")
     return data

@@ -1,4 +1,4 @@
-"""Integer probability tables and the range coder (bitstream_spec.md, "Entropy coding").
+"""Integer probability tables and the range coder (bitstream_spec.md, "Probability tables" and "The range coder").
 
 A coded integer has a Laplace distribution, given by a mean in 1/16 and one of 80 scales, eight an octave. All
 arithmetic is on integers, so that every machine builds the same tables and decodes the same values. The wire

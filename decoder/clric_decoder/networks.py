@@ -110,13 +110,14 @@ def count_parameters(header: Header) -> int:
 def mac_per_pixel(header: Header) -> dict[str, float]:
     """Multiply-accumulates of the function per image pixel: ``arm``, ``upsampler``, ``synthesis``.
 
-    Exact for the header's grids: one evaluation of the ARM for each coded value, four taps for each row- and each
+    Exact: one evaluation of the ARM for each value of a level that is not empty, four taps for each row- and each
     column-upsampled sample, one for each weight of a synthesis layer and latent position.
     """
     architecture = header.architecture
     sizes = arm_sizes(architecture)
     shapes = header.grid_shapes
-    arm = sum(math.prod(shape) for shape in shapes) * sum(a * b for a, b in pairwise(sizes))
+    values = sum(math.prod(shape) for shape, size in zip(shapes, header.level_bytes, strict=True) if size)
+    arm = values * sum(a * b for a, b in pairwise(sizes))
     upsampler = 0
     for level in range(1, len(shapes)):
         stacked = sum(architecture.channels[level:])

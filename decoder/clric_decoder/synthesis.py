@@ -11,7 +11,7 @@ from .bitstream import Architecture, SynthesisLayer
 from .errors import StreamError
 from .networks import Parameters
 
-BAND_ROWS_TIMES_WIDTH = 1 << 18  # latent positions that are synthesised at once, so that memory stays bounded
+BAND_ROWS_TIMES_WIDTH = 1 << 15  # latent positions that are synthesised at once, so that memory stays bounded
 
 
 def synthesize(grids: list[np.ndarray], networks: list[Parameters], architecture: Architecture) -> np.ndarray:
@@ -34,8 +34,11 @@ def _latent(grids: list[np.ndarray], networks: list[Parameters], architecture: A
 
     stack = grids[-1].astype(np.float32)
     for level in range(len(grids) - 2, -1, -1):
-        stack = upsample(stack, groups["upsampler"][level], grids[level].shape[1:])
-        stack = np.concatenate([grids[level].astype(np.float32), stack])
+        channels, height, width = grids[level].shape
+        finer = np.empty((channels + len(stack), height, width), np.float32)
+        finer[:channels] = grids[level]
+        finer[channels:] = upsample(stack, groups["upsampler"][level], (height, width))
+        stack = finer
 
     # Each band is synthesised with the rows around it that its 3x3 layers reach
     _, height, width = stack.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from clric_decoder.bitstream import Segments
 from clric_decoder.context import build_arms, encode_level
 from clric_decoder.errors import ClricError
 from clric_decoder.latent import decode_grids
+from clric_decoder.models import LATENT_SPACES
 from clric_decoder.networks import encode_networks
 from clric_decoder.synthesis import synthesize
 
@@ -19,6 +21,9 @@ from .overfit import Function, Report, overfit
 from .presets import PRESETS
 
 DEFAULT_QUALITY = 50.0
+MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
+MAX_LATENT = 1e4  # real ones have a deviation near 1
+CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 
 
 def quality_to_lambda(quality: float) -> float:
@@ -54,8 +59,6 @@ def encode(
         raise ClricError(f"the image is {width} x {height}; a side must be within 1 to {bitstream.MAX_SIDE}")
     if lmbda is not None and quality is not None:
         raise ClricError("lambda and quality are two names for one thing; give one of them")
-    if preset not in PRESETS:
-        raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
     device = _device(device)
     encoder = load_encoder(vae, models=models, device=device)
     latent = encoder.encode(image)
@@ -88,10 +91,25 @@ def encode_latent(
 
     The other arguments are those of `encode`.
     """
-    if not (lmbda > 0 and np.isfinite(lmbda)):
-        raise ClricError(f"lambda is {lmbda:g}; it must be a number above 0")
-    if not np.isfinite(latent).all():
-        raise ClricError("the autoencoder gave a latent that is not finite; the weights do not suit it")
+    if preset not in PRESETS:
+        raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+    if not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:
+        raise ClricError(f"lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+    if space in LATENT_SPACES:
+        channels = LATENT_SPACES[space].channels
+    elif CUSTOM_SPACE.fullmatch(space):
+        channels = latent.shape[0]
+    else:
+        raise ClricError(
+            f"latent space {space!r} is not known; use {', '.join(LATENT_SPACES)} or custom-<16 hex digits>"
+        )
+    if latent.dtype != np.float32 or latent.shape != (channels, -(-height // 8), -(-width // 8)):
+        raise ClricError(
+            f"the latent is {latent.shape} {latent.dtype}; for {width} x {height} pixels in the space {space} it must be "
+            f"{(channels, -(-height // 8), -(-width // 8))} float32"
+        )
+    if not (np.abs(latent) <= MAX_LATENT).all():
+        raise ClricError(f"the latent has values beyond +-{MAX_LATENT:g}; the autoencoder's weights do not suit it")
     function = overfit(
         latent, lmbda, width * height, PRESETS[preset], seed=seed, device=_device(device), report=progress
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -170,9 +170,7 @@ class _Trainer:
             self.latent,
             self.architecture,
             self.lmbda / self.pixels,
-            lambda done, of: self.report(
-                Progress("networks", self.done, self.preset.iterations, self.last.bpp, self.last.distortion)
-            ),
+            lambda: self.report(replace(self.last, stage="networks")),
         )
 
 

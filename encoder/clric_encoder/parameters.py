@@ -1,7 +1,8 @@
 """Rate-distortion-optimised quantisation of the networks.
 
 Takes trained parameters and rounded grids; gives the integers and exponents that the stream holds. Every choice is
-made on the true cost, distortion + lambda * bits / pixels, with the bits that the stream's own tables give.
+made on distortion + lambda * bits / pixels: the distortion of the real latent, the networks' bits by the stream's own
+tables, and the grids' bits by the float ARM, which the integer one follows to within 1 %.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def quantize_networks(
     latent: torch.Tensor,
     architecture: Architecture,
     weight: float,
-    report: Callable[[int, int], None],
+    tick: Callable[[], None],
 ) -> list[Parameters]:
     """Integers for every group of parameters, in the order of `parameter_groups`.
 
-    latent: (C, h, w). weight: what a bit costs, in units of distortion: lambda / pixels. report: called with the
-    number of groups done, and of all.
+    latent: (C, h, w). weight: what a bit costs, in units of distortion: lambda / pixels. tick: called before the
+    work on each group.
     """
     current = dict(networks)
     groups = parameter_groups(architecture)
@@ -56,15 +57,15 @@ def quantize_networks(
 
     quantized = []
     with torch.no_grad():
-        for done, group in enumerate(groups):
-            report(done, len(groups))
+        for group in groups:
+            tick()
             best = _best_exponent(group, networks[group.name].cpu().numpy(), cost, weight)
             current[group.name] = torch.from_numpy(best.values).to(latent.device)
             quantized.append(best)
-        for done, parameters in enumerate(quantized):
-            report(done, len(groups))
-            quantized[done] = _shrink(parameters, cost, weight)
-            current[parameters.group.name] = torch.from_numpy(quantized[done].values).to(latent.device)
+        for number, parameters in enumerate(quantized):
+            tick()
+            quantized[number] = _shrink(parameters, cost, weight)
+            current[parameters.group.name] = torch.from_numpy(quantized[number].values).to(latent.device)
     return quantized
 
 
@@ -77,10 +78,10 @@ def _total(parameters: Parameters, cost: Cost, weight: float) -> float:
 
 
 def _best_exponent(group: Group, values: np.ndarray, cost: Cost, weight: float) -> Parameters:
-    """All of a group rounded with the exponent of lowest cost."""
+    """All of a group rounded with the exponent of lowest cost, or left at its default."""
     differences = values - np.broadcast_to(np.array(group.default, np.float32), group.shape)
-    trials = []
-    for exponent in range(min(group.max_exponent, 12) + 1):
+    trials = [Parameters(group, 0, np.zeros(group.shape, np.int32))]
+    for exponent in range(group.max_exponent + 1):
         integers = np.rint(differences * 2.0**exponent)
         limit = group.limit(exponent)
         trials.append(Parameters(group, exponent, np.clip(integers, -limit, limit).astype(np.int32)))

@@ -86,6 +86,21 @@ def test_report_and_file_agree() -> None:
     assert sum(mac_per_pixel(header).values()) <= 26
 
 
+@pytest.mark.parametrize("lmbda", [1e-6, 1e6])
+def test_extremes_of_lambda(lmbda) -> None:
+    latent = smooth_latent(4, 8, 10)
+    data = coded(latent, lmbda)
+    if lmbda > 1:
+        assert len(data) < 50
+    else:
+        assert error(data, latent) < 1e-3
+
+
+def test_custom_space() -> None:
+    latent = smooth_latent(7, 8, 10)
+    assert read_header(coded(latent, space="custom-00112233445566ff")).space == "custom-00112233445566ff"
+
+
 def test_flat_latent_costs_almost_nothing() -> None:
     data = coded(np.full((4, 16, 16), 0.3, np.float32))
     assert len(data) < 100
@@ -97,7 +112,14 @@ def test_flat_latent_costs_almost_nothing() -> None:
     [
         ({"lmbda": 0.0}, "lambda is 0"),
         ({"lmbda": float("nan")}, "lambda is nan"),
-        ({"latent": np.full((4, 2, 2), np.inf, np.float32)}, "not finite"),
+        ({"lmbda": 1e-9}, "within 1e-06 to 1e"),
+        ({"latent": np.full((4, 2, 2), np.inf, np.float32)}, "beyond"),
+        ({"latent": np.full((4, 2, 2), np.nan, np.float32)}, "beyond"),
+        ({"latent": np.zeros((4, 2, 2))}, "float64"),
+        ({"latent": np.zeros((16, 2, 2), np.float32)}, r"must be \(4, 2, 2\)"),
+        ({"space": "sd9"}, "'sd9' is not known"),
+        ({"space": "custom-12"}, "16 hex digits"),
+        ({"preset": "best"}, "use one of default, paper"),
         ({"device": "tpu"}, "use auto, cpu or cuda"),
     ],
 )
