@@ -103,10 +103,11 @@ def encode_latent(
         raise ClricError(
             f"latent space {space!r} is not known; use {', '.join(LATENT_SPACES)} or custom-<16 hex digits>"
         )
-    if latent.dtype != np.float32 or latent.shape != (channels, -(-height // 8), -(-width // 8)):
+    expected = (channels, -(-height // 8), -(-width // 8))
+    if latent.dtype != np.float32 or latent.shape != expected:
         raise ClricError(
-            f"the latent is {latent.shape} {latent.dtype}; for {width} x {height} pixels in the space {space} it must be "
-            f"{(channels, -(-height // 8), -(-width // 8))} float32"
+            f"the latent is {latent.shape} {latent.dtype}; for {width} x {height} pixels in the space {space} "
+            f"it must be {expected} float32"
         )
     if not (np.abs(latent) <= MAX_LATENT).all():
         raise ClricError(f"the latent has values beyond +-{MAX_LATENT:g}; the autoencoder's weights do not suit it")
