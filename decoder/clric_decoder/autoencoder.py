@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bitstream import MAX_PIXELS, read_header
-from .errors import ModelError
+from .errors import ModelError, one_line
 from .latent import decode_latent
 from .models import check_space, find_decoder
 
@@ -131,14 +131,15 @@ def _run(session: "onnxruntime.InferenceSession", latent: np.ndarray) -> np.ndar
     try:
         (image,) = session.run(["image"], {"latent": np.ascontiguousarray(latent[None], np.float32)})
     except Exception as error:  # onnxruntime's exceptions have no common public base class
-        raise ModelError(f"the image decoder failed ({_one_line(error)})") from error
+        raise ModelError(f"the image decoder failed ({one_line(error)})") from error
     if image.shape != (1, 3, FACTOR * height, FACTOR * width):
         raise ModelError(
             f"the image decoder made {list(image.shape)} of a {height} x {width} latent, "
             f"expected [1, 3, {FACTOR * height}, {FACTOR * width}]; export it again with clric-export"
         )
-    # fmax and fmin pass over NaN, so that every value is a number that uint8 has a place for.
-    return np.fmin(np.fmax(image[0], np.float32(0)), np.float32(1)).transpose(1, 2, 0)
+    if not np.isfinite(image).all():
+        raise ModelError("the image decoder made values that are not finite; try another --vae or --provider")
+    return np.clip(image[0], np.float32(0), np.float32(1)).transpose(1, 2, 0)
 
 
 def _tiling(height: int, width: int, halo: int, tile_positions: int) -> tuple[int, int]:
@@ -217,7 +218,7 @@ def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common public base class
-        raise ModelError(f"{path}: onnxruntime cannot open it ({_one_line(error)})") from error
+        raise ModelError(f"{path}: onnxruntime cannot open it ({one_line(error)})") from error
     if provider != "auto" and session.get_providers()[0] != providers[0]:
         # onnxruntime goes on with the CPU where a provider's libraries or device are missing.
         raise ModelError(f"provider {provider!r} does not start on this machine; use cpu, or auto")
@@ -235,7 +236,3 @@ def _providers(provider: str, available: list[str]) -> list[str]:
         here = ", ".join(["auto", *(key for key, name in PROVIDERS.items() if name in available)])
         raise ModelError(f"provider {provider!r} is not in the onnxruntime that is installed; there are: {here}")
     return [wanted] if wanted == cpu else [wanted, cpu]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

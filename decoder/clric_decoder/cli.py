@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .bitstream import MAX_PIXELS
+from .bitstream import MAX_PIXELS, MAX_SIDE
 from .errors import ClricError
-from .files import STANDARD, read_input, write_output
+from .files import STANDARD, check_output, read_input, write_output
 from .terminal import choose_outputs, for_each, run_command
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ MIN_STREAM_LIMIT = 1 << 20
 @click.option("--json", is_flag=True, help="The same as JSON, one line for each input.")
 @click.option(
     "--max-pixels",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_SIDE**2),
     default=MAX_PIXELS,
     show_default=True,
     help="Refuse larger images before memory is taken for them.",
@@ -70,33 +70,49 @@ def command(
             header = read_header(read(source), max_pixels=max_pixels)
             facts = describe(header)
             text = json_format.dumps({"file": source, **facts}) if json else _as_text(source, facts)
-            write_output(STANDARD, f"{text}\n".encode())
+            write_output(STANDARD, f"{text}\n".encode(errors="surrogateescape"))
 
         return for_each(NAME, ((source,) for source in inputs), show)
 
     nothing = [""] * len(inputs)
     latents = nothing if latent is None else choose_outputs(inputs, latent, ".npy")
     images = nothing if latent is not None and output is None else choose_outputs(inputs, output, ".png")
+    for image_place, latent_place in zip(images, latents, strict=True):
+        if image_place and latent_place and os.path.realpath(image_place) == os.path.realpath(latent_place):
+            raise click.UsageError(f"the image and the latent would both go to {image_place}: name another")
 
     def convert(source: str, image_place: str, latent_place: str) -> None:
+        import numpy as np
+
+        from .bitstream import read_header
+        from .latent import decode_latent
+
         if image_place and output is None and os.path.exists(image_place) and image_place != STANDARD:
             # It may well be the original.
             raise ClricError(f"{image_place} exists already: name the output with -o")
-        data = read(source)
-        if latent_place:
-            import numpy as np
-
-            from .latent import decode_latent
-
-            encoded = io.BytesIO()
-            np.save(encoded, decode_latent(data, max_pixels=max_pixels))
-            write_output(latent_place, encoded.getvalue())
         if image_place:
-            from .autoencoder import decode
+            from .image import check_image_output
+
+            check_image_output(image_place)
+        if latent_place:
+            check_output(latent_place)
+        data = read(source)
+        header = read_header(data, max_pixels=max_pixels)
+        decoder = None
+        if image_place:
+            from .autoencoder import open_decoder
+
+            decoder = open_decoder(vae, header.space, provider=provider, models=models)
+        latent_values = decode_latent(data, max_pixels=max_pixels)
+        if latent_place:
+            encoded = io.BytesIO()
+            np.save(encoded, latent_values)
+            write_output(latent_place, encoded.getvalue())
+        if decoder is not None:
+            from .autoencoder import decode_image
             from .image import write_image
 
-            image = decode(data, vae=vae, provider=provider, models=models, max_pixels=max_pixels)
-            write_image(image_place, image)
+            write_image(image_place, decode_image(decoder, latent_values, header.width, header.height))
 
     return for_each(NAME, zip(inputs, images, latents, strict=True), convert)
 

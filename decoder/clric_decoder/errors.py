@@ -27,3 +27,8 @@ class ModelError(ClricError):
 
 class ImageError(ClricError):
     """An image file that cannot be read or written."""
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's message on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -22,6 +22,8 @@ def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     try:
         if os.fspath(path) == STANDARD:
+            if sys.stdin is None:
+                raise ClricError("-: standard input is closed")
             data = sys.stdin.buffer.read(limit + 1)
         else:
             with open(path, "rb") as file:
@@ -34,12 +36,21 @@ def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """Raises the ClricError of `write_output` for a missing or locked folder, before work is done in vain."""
-    folder = Path(os.path.realpath(path)).parent
-    if os.fspath(path) == STANDARD or os.access(folder / ".", os.W_OK | os.X_OK):
+    """Raises the ClricError of `write_output` for what cannot be written to, before work is done in vain."""
+    if os.fspath(path) == STANDARD:
+        _check_standard_output()
         return
-    code = errno.ENOENT if not folder.exists() else errno.EACCES if folder.is_dir() else errno.ENOTDIR
-    raise _not_written(path, os.strerror(code))
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path):
+        code = errno.EISDIR
+    elif _is_special(path):
+        code = 0 if os.access(path, os.W_OK) else errno.EACCES
+    elif os.path.isdir(folder):
+        code = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+    else:
+        code = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    if code:
+        raise _not_written(path, os.strerror(code))
 
 
 def write_output(path: str | os.PathLike[str], data: bytes) -> None:
@@ -47,16 +58,23 @@ def write_output(path: str | os.PathLike[str], data: bytes) -> None:
 
     A regular file is written beside its place and then renamed, so that neither a full disk nor Ctrl-C leaves
     half of one, and an older file stays until the new one is complete. Devices and pipes are written to.
-    Raises ClricError, starting with the path, where that fails.
+    Raises ClricError, starting with the path, where that fails; BrokenPipeError where nobody reads standard
+    output any more, which is no error to speak of.
     """
     try:
         if os.fspath(path) == STANDARD:
+            _check_standard_output()
             # Unbuffered: what a full disk refuses must not be tried again when Python exits.
             with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stream:
+                _write_all(stream, data)
+        elif _is_special(path):
+            with open(path, "wb", buffering=0) as stream:
                 _write_all(stream, data)
         else:
             _replace(Path(os.path.realpath(path)), data)  # a link stays a link: its target is replaced
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and os.fspath(path) == STANDARD:
+            raise
         raise _not_written(path, error.strerror) from error
 
 
@@ -64,11 +82,17 @@ def _not_written(path: str | os.PathLike[str], reason: str | None) -> ClricError
     return ClricError(f"{os.fspath(path)}: cannot be written ({reason})")
 
 
+def _check_standard_output() -> None:
+    if sys.stdout is None:
+        raise ClricError("standard output is closed")
+
+
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a device, a pipe or a folder: by its own path, for /dev/stdout resolves to none."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def _replace(place: Path, data: bytes) -> None:
-    if place.exists() and not place.is_file():
-        with open(place, "wb", buffering=0) as stream:
-            _write_all(stream, data)
-        return
     # Not tempfile, whose files only their owner can read: this one gets permissions as any new file.
     partial = place.with_name(f".{secrets.token_hex(8)}.clric-partial")
     try:

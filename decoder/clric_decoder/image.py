@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from .bitstream import MAX_PIXELS
-from .errors import ImageError
-from .files import STANDARD, write_output
+from .errors import ImageError, one_line
+from .files import STANDARD, check_output, write_output
 
 # How each suffix is written: as near to lossless as the format allows.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,10 +41,12 @@ def read_image(
     """
     path = source if isinstance(source, str | os.PathLike) else None
     name = os.fspath(path) if path is not None else str(getattr(source, "name", "-"))
+    pillows_limit = Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
-            # Our own limit stands for Pillow's warning, and other warnings are about metadata that we drop.
+            # Our own limit stands for Pillow's, and warnings are about metadata that we drop.
             warnings.simplefilter("ignore")
+            Image.MAX_IMAGE_PIXELS = None
             with Image.open(source) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageError(
@@ -54,15 +56,21 @@ def read_image(
                 return _to_rgb(image, name)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: more pixels than the limit of {max_pixels}; make it smaller") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
     except OSError as error:
-        raise ImageError(f"{name}: {error.strerror or _one_line(error)}") from error
+        raise ImageError(f"{name}: {error.strerror or one_line(error)}") from error
     except Exception as error:
         # Pillow's readers let all kinds escape on damaged files: SyntaxError, ValueError, struct.error, ...
-        raise ImageError(f"{name}: damaged image ({_one_line(error)})") from error
+        raise ImageError(f"{name}: damaged image ({one_line(error)})") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows_limit
+
+
+def check_image_output(path: str | os.PathLike[str]) -> None:
+    """Raises the errors of `write_image` that are known from the path alone, before work is done in vain."""
+    _suffix(path)
+    check_output(path)
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
@@ -71,16 +79,22 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     A file appears whole or not at all. Raises ImageError for an unknown suffix or an image that the
     format cannot hold, ClricError where the file cannot be written.
     """
-    suffix = ".png" if os.fspath(path) == STANDARD else Path(path).suffix.lower()
-    if suffix not in _SAVE_OPTIONS:
-        known = ", ".join(_SAVE_OPTIONS)
-        raise ImageError(f"{os.fspath(path)}: no image format has the suffix {suffix!r}; use one of {known}")
+    suffix = _suffix(path)
     encoded = io.BytesIO()
     try:
         Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **_SAVE_OPTIONS[suffix])
     except (OSError, ValueError) as error:
-        raise ImageError(f"{os.fspath(path)}: cannot be made ({_one_line(error)})") from error
+        raise ImageError(f"{os.fspath(path)}: cannot be made ({one_line(error)})") from error
     write_output(path, encoded.getvalue())
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix that names the format of an image to write. Raises ImageError for an unknown one."""
+    suffix = ".png" if os.fspath(path) == STANDARD else Path(path).suffix.lower()
+    if suffix not in _SAVE_OPTIONS:
+        known = ", ".join(_SAVE_OPTIONS)
+        raise ImageError(f"{os.fspath(path)}: no image format has the suffix {suffix!r}; use one of {known}")
+    return suffix
 
 
 def _to_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, list[str]]:
@@ -130,9 +144,5 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | Non
             outputMode="RGB",
         )
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        return image, f"the embedded colour profile is not applied ({_one_line(error)})"
+        return image, f"the embedded colour profile is not applied ({one_line(error)})"
     return converted if converted is not None else image, None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -47,11 +47,15 @@ def for_each(name: str, rows: Iterable[tuple[str, ...]], work: Callable[..., Non
             failed = True
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
+            return 1
     return 1 if failed else 0
 
 
 def print_error(name: str, message: str, file: str | None = None) -> None:
     """``name: file: message`` on standard error, the file once where the message starts with it."""
+    if sys.stderr is None:  # closed; print would take standard output instead
+        return
     where = f"{file}: " if file is not None and not message.startswith(f"{file}: ") else ""
     print(f"{name}: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
@@ -61,20 +65,24 @@ def choose_outputs(inputs: Sequence[str], output: str | None, suffix: str) -> li
 
     ``output`` is a folder where there is one, where it ends with a slash, or for several inputs; it is made
     if it is missing. Standard input goes to standard output unless ``output`` says otherwise.
-    Raises click.UsageError where two inputs would go to one place, or where an output would replace an input.
+    Raises click.UsageError where two inputs would go to one place, where an output would replace an input, or
+    where an input or the output has no name.
     """
+    for source in inputs:
+        if Path(source).name in ("", ".."):
+            raise click.UsageError(f"{source!r} names no file")
+    if output == "":
+        raise click.UsageError("the name of the output is empty")
+    folder = None
     if output is None:
         outputs = [STANDARD if source == STANDARD else str(Path(source).with_suffix(suffix)) for source in inputs]
     elif output != STANDARD and (len(inputs) > 1 or output.endswith("/") or os.path.isdir(output)):
         stems = ["stdin" if source == STANDARD else Path(source).stem for source in inputs]
         outputs = [str(Path(output, stem + suffix)) for stem in stems]
-        try:
-            os.makedirs(output, exist_ok=True)
-        except OSError as error:
-            raise click.UsageError(f"{output}: cannot be made a folder ({error.strerror})") from error
+        folder = output
     else:
         outputs = [output] * len(inputs)
-    if STANDARD in outputs and sys.stdout.isatty():
+    if STANDARD in outputs and sys.stdout is not None and sys.stdout.isatty():
         raise click.UsageError("standard output is a terminal: name a file with -o")
     taken = {os.path.realpath(source): "is an input" for source in inputs if source != STANDARD}
     for source, place in zip(inputs, outputs, strict=True):
@@ -82,4 +90,9 @@ def choose_outputs(inputs: Sequence[str], output: str | None, suffix: str) -> li
         if key in taken:
             raise click.UsageError(f"the output of {source}, {place}, {taken[key]}: name another with -o")
         taken[key] = f"is the output of {source} already"
+    if folder is not None:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise click.UsageError(f"{folder}: cannot be made a folder ({error.strerror})") from error
     return outputs

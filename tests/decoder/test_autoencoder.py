@@ -115,6 +115,12 @@ def test_file_that_is_no_network_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_image_that_is_not_finite_is_refused(toy_models: Path) -> None:
+    decoder = open_decoder("toy", "sd1", models=toy_models)
+    with pytest.raises(ModelError, match="not finite"):
+        decode_image(decoder, np.full((4, 2, 2), np.nan, np.float32), 16, 16)
+
+
 def test_latent_of_the_wrong_channels_is_one_line(toy_models: Path) -> None:
     decoder = open_decoder("toy", "sd1", models=toy_models)
     with pytest.raises(ModelError, match="the image decoder failed") as caught:

@@ -136,6 +136,34 @@ def test_info_says_what_json_says(run: Run, file: Path, stream: bytes) -> None:
     assert f"total {facts['mac_per_pixel']['total']:.2f}" in text
 
 
+def test_info_of_a_name_that_is_no_utf8(run: Run, tmp_path: Path, stream: bytes) -> None:
+    name = os.fsdecode(b"caf\xe9.clric")
+    (tmp_path / name).write_bytes(stream)
+    result = run("clric-dec", "--info", name)
+    assert (result.returncode, result.stdout.splitlines()[0]) == (0, b"caf\xe9.clric")
+    assert json.loads(run("clric-dec", "--json", name).stdout)["file"] == name
+
+
+def test_standard_streams_that_are_closed_or_not_read(run: Run, file: Path, toy: list[str]) -> None:
+    name = file.name
+    assert_one_line(run("clric-dec", "-", "--info", preexec_fn=lambda: os.close(0)), 1, "-: standard input is closed")
+    closed = {"stdout": None, "preexec_fn": lambda: os.close(1)}
+    assert_one_line(run("clric-dec", name, *toy, "-o", "-", **closed), 1, "standard output is closed")
+    assert_one_line(run("clric-dec", name, "--info", **closed), 1, "standard output is closed")
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run("clric-dec", "--json", name, name, stdout=writer)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_devices_and_pipes_by_name(run: Run, file: Path) -> None:
+    assert run("clric-dec", file.name, "--latent", "/dev/null").returncode == 0
+    result = run("clric-dec", file.name, "--latent", "/dev/stdout")
+    assert (result.returncode, result.stderr) == (0, b"")
+    np.testing.assert_array_equal(np.load(io.BytesIO(result.stdout)), decode_latent(file.read_bytes()))
+
+
 LOADED = """
 import atexit, sys
 heavy = {"torch", "onnxruntime", "PIL", "diffusers", "onnx", "clric_encoder", "clric_export"}
@@ -182,12 +210,20 @@ def test_bad_command_lines(run: Run, tmp_path: Path, file: Path) -> None:
     assert_one_line(run("clric-dec"), 2, "IN...")
     assert_one_line(run("clric-dec", file.name, "--nonsense"), 2, "--nonsense")
     assert_one_line(run("clric-dec", file.name, "--max-pixels", "many"), 2, "many")
+    assert_one_line(run("clric-dec", file.name, "--max-pixels", "9" * 20), 2, "4294836225")
     assert_one_line(run("clric-dec", file.name, "--info", "-o", "x.png"), 2, "--info")
+    assert_one_line(run("clric-dec", file.name, "-o", ""), 2, "the name of the output is empty")
+    for name in (".", "/", ""):
+        assert_one_line(run("clric-dec", name), 2, f"{name!r} names no file")
+    for place in ("-", "out.png"):
+        result = run("clric-dec", file.name, "--latent", place, "-o", place)
+        assert_one_line(result, 2, f"the image and the latent would both go to {place}")
     assert_one_line(run("clric-dec", file.name, "-o", file.name), 2, "is an input")
     assert_one_line(run("clric-dec", file.name, "-", "-o", "-"), 2, "is the output of photo.clric already")
     (tmp_path / "other").mkdir()
     same = run("clric-dec", file.name, f"other/{file.name}", "-o", "out")
     assert_one_line(same, 2, "out/photo.png, is the output of photo.clric already")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_choices(run: Run, file: Path, toy: list[str], make_stream: Callable[..., bytes]) -> None:
@@ -196,7 +232,7 @@ def test_bad_choices(run: Run, file: Path, toy: list[str], make_stream: Callable
     assert_one_line(run("clric-dec", name, *toy, "--provider", "warp"), 1, "'warp'", "auto, cpu")
     assert_one_line(run("clric-dec", name, "--vae", "nonsense"), 1, "nonsense")
     assert_one_line(run("clric-dec", name), 1, "taesd", "clric-export taesd")
-    assert_one_line(run("clric-dec", name, *toy, "-o", "x.xyz"), 1, "x.xyz: no image format")
+    assert_one_line(run("clric-dec", name, "--vae", "nonsense", "-o", "x.xyz"), 1, "x.xyz: no image format")
     file.write_bytes(make_stream(space="sdxl"))
     assert_one_line(run("clric-dec", name, *toy), 1, "latent space sd1", "sdxl")
     assert [entry.name for entry in file.parent.iterdir()] == [name]

@@ -205,6 +205,14 @@ def test_bad_files_are_one_line_that_names_the_file(tmp_path: Path) -> None:
         assert "\n" not in message
 
 
+def test_only_our_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses images of more than 2 * 89478485 pixels by default."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    write_image(tmp_path / "image.png", gradient())
+    np.testing.assert_array_equal(read_image(tmp_path / "image.png")[0], gradient())
+    assert Image.MAX_IMAGE_PIXELS == 9
+
+
 def test_limit_of_pixels(tmp_path: Path) -> None:
     write_image(tmp_path / "image.png", gradient())
     with pytest.raises(ImageError, match="20 x 12 exceeds the limit of 100 pixels"):
