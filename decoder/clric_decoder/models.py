@@ -1,7 +1,8 @@
 """Latent spaces, the autoencoders that serve each, and where their files lie.
 
 Takes names and folders, gives paths and manifests. Imports neither torch nor onnxruntime: the encoder and
-export wings build on the same tables and the same search.
+export wings build on the same tables and the same search. Files are looked at with os.path, not pathlib, whose
+answer to a folder without permission is an exception.
 
 Files are searched for in the folder given by ``--models``, in the folders of ``$CLRIC_MODELS`` (separated as
 ``$PATH`` is), and in the user's cache, in this order; each folder directly and one folder level down.
@@ -10,7 +11,6 @@ Files are searched for in the folder given by ``--models``, in the folders of ``
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +42,6 @@ LATENT_SPACES: dict[str, LatentSpace] = {
         LatentSpace("flux2", 5, 32),  # FLUX.2: normalised for its diffusion model, not in patches
     )
 }
-
-CUSTOM_SPACE_NUMBER = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,6 @@ Half = Literal["encoder", "decoder"]
 WEIGHT_SUFFIXES = (".safetensors", ".pth")
 DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
-_CUSTOM_NAME = re.compile(r"custom-([0-9a-f]{16})")
 _MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "latent_space": str,
@@ -122,36 +119,7 @@ _MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "sha256": str,
 }
 _MANIFEST_LIMIT = 1 << 16
-
-
-def space_name(number: int, fingerprint: bytes = b"") -> str:
-    """The name of the latent space with this number in a stream's header.
-
-    A custom space (number 0) has a fingerprint of 8 bytes and is named ``custom-`` and their 16 hex digits.
-    Raises ModelError for a number that this version does not know.
-    """
-    if number == CUSTOM_SPACE_NUMBER:
-        if len(fingerprint) != 8:
-            raise ModelError(f"a custom latent space needs a fingerprint of 8 bytes, got {len(fingerprint)}")
-        return f"custom-{fingerprint.hex()}"
-    for space in LATENT_SPACES.values():
-        if space.number == number:
-            return space.name
-    known = ", ".join(f"{space.number} ({space.name})" for space in LATENT_SPACES.values())
-    raise ModelError(f"latent space number {number} is not known; this version knows 0 (custom), {known}")
-
-
-def space_number(name: str) -> tuple[int, bytes]:
-    """(number, fingerprint) of a latent space by its name: the inverse of `space_name`.
-
-    The fingerprint is empty for all but custom spaces. Raises ModelError for a name that is none.
-    """
-    if name in LATENT_SPACES:
-        return LATENT_SPACES[name].number, b""
-    match = _CUSTOM_NAME.fullmatch(name)
-    if match:
-        return CUSTOM_SPACE_NUMBER, bytes.fromhex(match[1])
-    raise ModelError(f"latent space {name!r} is not known; use {', '.join(LATENT_SPACES)}, or custom-<16 hex digits>")
+_HALO_LIMIT = 1024
 
 
 def find_autoencoder(name: str) -> Autoencoder:
@@ -174,7 +142,7 @@ def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
     """
     folders = []
     if models is not None:
-        if not Path(models).is_dir():
+        if not os.path.isdir(models):
             raise ModelError(f"models folder {models} does not exist or is no folder")
         folders.append(Path(models))
     folders += [Path(folder) for folder in os.environ.get("CLRIC_MODELS", "").split(os.pathsep) if folder]
@@ -191,10 +159,10 @@ def find_weights(autoencoder: Autoencoder, half: Half, models: str | os.PathLike
     for folder in search_folders(models):
         for place in _places(folder):
             for suffix in WEIGHT_SUFFIXES if stem else ():
-                if (place / f"{stem}{suffix}").is_file():
+                if os.path.isfile(place / f"{stem}{suffix}"):
                     return place / f"{stem}{suffix}"
             # TAEF2 has no diffusers layout (see AUTOENCODERS), and one level down is `place` itself.
-            is_layout = all((place / file).is_file() for file in DIFFUSERS_FILES)
+            is_layout = all(os.path.isfile(place / file) for file in DIFFUSERS_FILES)
             if autoencoder.hub_repo and place.name == autoencoder.name and is_layout:
                 return place
     return None
@@ -263,7 +231,7 @@ def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[
 
 def _decoder_path(name: str, models: str | os.PathLike[str] | None) -> Path:
     if name.endswith(".onnx"):
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise ModelError(f"decoder file {name} does not exist")
         return Path(name)
     known = {alias: entry.name for entry in AUTOENCODERS.values() for alias in (entry.name, *entry.aliases)}
@@ -275,7 +243,7 @@ def _decoder_path(name: str, models: str | os.PathLike[str] | None) -> Path:
     for file in wanted:
         for folder in folders:
             for place in _places(folder):
-                if (place / file).is_file():
+                if os.path.isfile(place / file):
                     return place / file
     if name in known or stem.removesuffix(".fp16") in AUTOENCODERS:
         advice = f"make it on a machine with clric[export]: clric-export {stem.removesuffix('.fp16')}"
@@ -286,7 +254,7 @@ def _decoder_path(name: str, models: str | os.PathLike[str] | None) -> Path:
 
 def _read_manifest(onnx: Path) -> dict[str, Any]:
     path = onnx.with_suffix(".json")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(
             f"decoder {onnx} has no manifest: {path} does not exist; copy it from where the decoder comes"
             " from, or export again with clric-export"
@@ -297,6 +265,11 @@ def _read_manifest(onnx: Path) -> dict[str, Any]:
     for field, kind in _MANIFEST_FIELDS.items():
         if field not in manifest or not isinstance(manifest[field], kind):
             raise ModelError(f"manifest {path} has no valid {field!r}; export again with clric-export")
+    halo, space = manifest["halo"], LATENT_SPACES.get(manifest["latent_space"])
+    if halo is not None and not 0 <= halo <= _HALO_LIMIT:
+        raise ModelError(f"manifest {path} has a halo of {halo}, which is not within 0 to {_HALO_LIMIT}")
+    if space is not None and manifest["channels"] != space.channels:
+        raise ModelError(f"manifest {path} has {manifest['channels']} channels, {space.name} has {space.channels}")
     return manifest
 
 
@@ -326,7 +299,7 @@ def _local_decoders(space: str, models: str | os.PathLike[str] | None) -> list[s
 def _places(folder: Path) -> list[Path]:
     """A folder itself and the folders in it, by name; none where it cannot be read."""
     try:
-        return [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]
+        return [folder, *sorted(entry for entry in folder.iterdir() if os.path.isdir(entry))]
     except OSError:
         return []
 
@@ -337,7 +310,10 @@ def _listed(folders: list[Path]) -> str:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ModelError(f"decoder {path} cannot be read ({error.strerror})") from error
     return digest.hexdigest()

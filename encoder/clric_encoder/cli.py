@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from clric_decoder.bitstream import MAX_PIXELS, read_header
-from clric_decoder.errors import ClricError
+from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, for_each, print_error, run_command
 
@@ -27,6 +27,8 @@ NAME = "clric-enc"
 # No image file within the limit of pixels is longer: 4 channels of 16 bits, uncompressed.
 INPUT_LIMIT = 8 * MAX_PIXELS
 
+MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
+
 
 @click.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
@@ -36,7 +38,13 @@ INPUT_LIMIT = 8 * MAX_PIXELS
 @click.option("--vae", metavar="NAME", default="taesd", show_default=True, help="Autoencoder.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random in the training.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of all that is random in the training.",
+)
 @click.option("--models", metavar="DIR", help="Folder in which to look for weights first.")
 @click.option("--json", is_flag=True, help="Print one line of JSON for each image to standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -59,8 +67,8 @@ def command(
     """
     if lmbda is not None and quality is not None:
         raise click.UsageError("--lambda and --quality are two names for one thing: give one of them")
-    if lmbda is not None and not 0 < lmbda < float("inf"):
-        raise click.UsageError(f"--lambda is {lmbda:g}; it must be a number above 0")
+    if lmbda is not None and not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:  # not click.FloatRange, which takes nan
+        raise click.UsageError(f"--lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
     places = choose_outputs(images, output, ".clric")
     if json and STANDARD in places:
         raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
@@ -79,22 +87,26 @@ def command(
                 last[:] = [progress]
                 view(progress)
 
-            data = _encode()(
-                image,
-                vae=vae,
-                lmbda=lmbda,
-                quality=quality,
-                preset=preset,
-                device=device,
-                seed=seed,
-                models=models,
-                progress=report,
-            )
+            encode = _encode()
+            try:
+                data = encode(
+                    image,
+                    vae=vae,
+                    lmbda=lmbda,
+                    quality=quality,
+                    preset=preset,
+                    device=device,
+                    seed=seed,
+                    models=models,
+                    progress=report,
+                )
+            except RuntimeError as error:  # torch's, of a device or of memory
+                raise _torch_failed(error) from error
         write_output(place, data)
         facts = _facts(source, place, data, last[-1])
         if json:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
-        elif not quiet:
+        elif not quiet and sys.stderr is not None:
             print(
                 f"{source} -> {place}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
                 f"latent MSE in training {facts['training_distortion']:.4f}",
@@ -105,14 +117,24 @@ def command(
 
 
 def _encode() -> Callable[..., bytes]:
-    """`encode`, imported now; raises ClricError where the encoder's dependencies are not installed."""
+    """`encode`, imported now; raises ClricError where what the encoder depends on is missing or broken."""
     # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from .encoding import encode
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
+    except (ImportError, OSError) as error:  # a library of torch's that is missing, or of another machine
+        raise ClricError(f"the encoder's libraries cannot be loaded ({one_line(error)}); install them again") from error
     return encode
+
+
+def _torch_failed(error: RuntimeError) -> ClricError:
+    reason = one_line(error)
+    # On the CPU only the text says it; on a GPU it is a torch.OutOfMemoryError, whose text says it too.
+    if "out of memory" in reason or "can't allocate memory" in reason or "not enough memory" in reason:
+        return ClricError("not enough memory; make the image smaller, or try another --device or --vae")
+    return ClricError(f"torch failed ({reason[:300]})")
 
 
 def _not_installed(error: ModuleNotFoundError) -> ClricError:
@@ -140,7 +162,7 @@ def _live_view(source: str, show: bool) -> "Iterator[Callable[[Progress], None]]
 
     Gives the function that moves it.
     """
-    if not (show and sys.stderr.isatty()):
+    if not (show and sys.stderr is not None and sys.stderr.isatty()):
         yield lambda progress: None
         return
     try:

@@ -40,26 +40,27 @@ def test_every_autoencoder_is_of_a_known_space() -> None:
     assert {a.space for a in models.AUTOENCODERS.values()} == set(models.LATENT_SPACES)
 
 
-def test_space_numbers_and_names_are_inverse() -> None:
-    for name, space in models.LATENT_SPACES.items():
-        assert models.space_number(name) == (space.number, b"")
-        assert models.space_name(space.number) == name
-    name = models.space_name(0, bytes(range(8)))
-    assert name == "custom-0001020304050607"
-    assert models.space_number(name) == (0, bytes(range(8)))
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [("halo", -1, "halo of -1"), ("halo", 10**9, "0 to 1024"), ("channels", 16, "16 channels, sd1 has 4")],
+)
+def test_manifest_with_impossible_numbers(tmp_path: Path, field: str, value: int, reason: str) -> None:
+    path = put_decoder(tmp_path, "taesd").with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ModelError, match=reason):
+        models.find_decoder("taesd", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd4", "custom-", "custom-00010203", "custom-000102030405060Z", ""])
-def test_unknown_space_name_is_refused(name: str) -> None:
-    with pytest.raises(ModelError, match="is not known; use sd1, sdxl"):
-        models.space_number(name)
-
-
-def test_unknown_space_number_is_refused() -> None:
-    with pytest.raises(ModelError, match="latent space number 99 is not known"):
-        models.space_name(99)
-    with pytest.raises(ModelError, match="fingerprint of 8 bytes, got 0"):
-        models.space_name(0)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what nobody else may")
+def test_folders_and_files_without_permission(tmp_path: Path) -> None:
+    put_decoder(tmp_path / "a", "taesd")
+    (tmp_path / "a").chmod(0o600)
+    found = put_decoder(tmp_path / "b", "taesd")
+    assert models.find_decoder("taesd", tmp_path)[0] == found
+    found.chmod(0)
+    with pytest.raises(ModelError, match=r"cannot be read \(Permission denied"):
+        models.find_decoder("taesd", tmp_path)
+    (tmp_path / "a").chmod(0o700)
 
 
 def test_aliases_name_the_same_autoencoder() -> None:

@@ -152,8 +152,9 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("clric-enc"), 2, "IMAGE...")
     assert_one_line(run("clric-enc", photo.name, "--quality", "101"), 2, "--quality", "101")
     assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, "give one of them")
-    for value in ("0", "-1", "nan", "inf"):
-        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "a number above 0")
+    for value in ("0", "-1", "nan", "1e7"):
+        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "within 1e-06 to 1e+06")
+    assert_one_line(run("clric-enc", photo.name, "--seed", "9" * 20), 2, "--seed", "4294967295")
     assert_one_line(run("clric-enc", photo.name, "--preset", "nonsense"), 2, "nonsense", "default", "paper")
     assert_one_line(run("clric-enc", photo.name, "--device", "tpu"), 2, "tpu", "cuda")
     assert_one_line(run("clric-enc", photo.name, "-o", "photo.png"), 2, "is an input")
@@ -180,6 +181,35 @@ def test_outputs_that_cannot_be_written_are_said_before_the_training(
     assert_one_line(result, 1, "gone/x.clric: cannot be written (No such file or directory)")
     result = run("clric-enc", "photo.png", "-o", "photo.png/x.clric", *weights, timeout=20)
     assert_one_line(result, 1, "photo.png/x.clric: cannot be written (Not a directory)")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("raise OSError('libtorch.so: wrong ELF class')", "cannot be loaded (libtorch.so: wrong ELF class)"),
+        ("def encode(*a, **k): raise RuntimeError('CUDA out of memory.\\nTried')", "not enough memory"),
+        ("def encode(*a, **k): raise RuntimeError('CUDA error:\\nlaunch')", "torch failed (CUDA error: launch)"),
+    ],
+)
+def test_torch_that_fails_is_one_line_for_each_image(tmp_path: Path, module: str, reason: str) -> None:
+    """`encode` is replaced by one that fails as torch does."""
+    code = (
+        "import sys, clric_encoder, importlib.util\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'clric_encoder.encoding':\n"
+        "            return importlib.util.spec_from_file_location(name, 'failing.py')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv[0] = 'clric-enc'\n"
+        "from clric_encoder.cli import main; main()"
+    )
+    (tmp_path / "failing.py").write_text(module)
+    names = [write_photo(tmp_path / f"{name}.png").name for name in "ab"]
+    result = subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, check=False)
+    lines = result.stderr.decode().splitlines()
+    assert result.returncode == 1
+    assert [line[:18] for line in lines] == ["clric-enc: a.png: ", "clric-enc: b.png: "]
+    assert all(reason in line for line in lines)
 
 
 def test_full_disk(run: Run, tmp_path: Path, weights: list[str]) -> None:
