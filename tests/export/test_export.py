@@ -12,11 +12,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from clric_decoder.errors import ModelError
 from clric_decoder.models import AUTOENCODERS, LATENT_SPACES, check_space, find_decoder
 from clric_encoder.autoencoder import load_encoder
-from clric_export.cli import main
+from clric_export.cli import command
 from clric_export.onnx import export_onnx, parity, write_decoder
 from clric_export.sources import load_decoder, receptive_halo
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -60,13 +60,21 @@ def run_onnx(path: Path, latent: np.ndarray) -> np.ndarray:
     return session.run(["image"], {"latent": latent})[0]
 
 
+def invoke(arguments: list[str]) -> Result:
+    """clric-export in this process, with the exit code that its process would have."""
+    result = CliRunner().invoke(command, arguments, standalone_mode=False)
+    if result.exception is None:
+        result.exit_code = result.return_value
+    return result
+
+
 def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_export_of_every_tiny_decoder(name: str, shared: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, [name, "-o", str(tmp_path), "--models", str(shared / "models")])
+    result = invoke([name, "-o", str(tmp_path), "--models", str(shared / "models")])
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.output.splitlines()] == [
         str(tmp_path / f"{name}.onnx"),
@@ -154,7 +162,7 @@ def test_halo_of_one_convolution() -> None:
 @pytest.mark.parametrize("name", KL_CONFIGS)
 def test_export_of_reduced_kl_decoders(name: str, tmp_path: Path) -> None:
     vae = save_kl(tmp_path, name, REDUCED)
-    result = CliRunner().invoke(main, [name, "-o", str(tmp_path / "out"), "--models", str(tmp_path)])
+    result = invoke([name, "-o", str(tmp_path / "out"), "--models", str(tmp_path)])
     assert result.exit_code == 0, result.output
     latent = 0.3 * normal(1, 4, 9, 7)
     with torch.inference_mode():
@@ -179,9 +187,9 @@ def test_export_of_a_full_size_kl_decoder(tmp_path: Path) -> None:
 
 def test_one_precision_alone(shared: Path, tmp_path: Path) -> None:
     arguments = ["taesd", "-o", str(tmp_path), "--models", str(shared / "models")]
-    assert CliRunner().invoke(main, [*arguments, "--fp16"]).exit_code == 0
+    assert invoke([*arguments, "--fp16"]).exit_code == 0
     assert find_decoder("taesd", tmp_path)[0].name == "taesd.fp16.onnx"
-    assert CliRunner().invoke(main, [*arguments, "--fp32"]).exit_code == 0
+    assert invoke([*arguments, "--fp32"]).exit_code == 0
     assert find_decoder("taesd", tmp_path)[0].name == "taesd.onnx"
 
 
@@ -189,7 +197,7 @@ def test_the_default_folder_is_where_the_decoder_looks(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert CliRunner().invoke(main, ["taesd", "--fp32", "--models", str(shared / "models")]).exit_code == 0
+    assert invoke(["taesd", "--fp32", "--models", str(shared / "models")]).exit_code == 0
     assert tmp_path in find_decoder("taesd")[0].parents
 
 
@@ -213,15 +221,35 @@ def test_parity_notices_another_decoder(shared: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_unwritable_folders_are_one_line(shared: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["taesd4", "-o", str(tmp_path)])
+    result = invoke(["taesd4", "-o", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.output.startswith("Error: autoencoder 'taesd4' is not known; name one of sd14")
+    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; name one of sd14")
     (tmp_path / "file").touch()
     arguments = ["taesd", "-o", str(tmp_path / "file" / "folder"), "--models", str(shared / "models")]
-    result = CliRunner().invoke(main, arguments)
+    result = invoke(arguments)
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
-    assert "file" in result.output
+    assert result.output.startswith(f"clric-export: taesd: {tmp_path / 'file' / 'folder'}: cannot be written (")
+
+
+def test_a_failing_exporter_is_one_line(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Unsupported:\nONNX export of operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    result = invoke(["taesd", "-o", str(tmp_path), "--models", str(shared / "models")])
+    line = "clric-export: taesd: the export to ONNX failed (Unsupported: ONNX export of operator)\n"
+    assert (result.exit_code, result.output) == (1, line)
+
+
+def test_a_client_without_torch_is_told_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['onnx'] = None\n"
+        "sys.argv[1:] = ['taesd']; from clric_export.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "clric-export: taesd: onnx is not installed; run: pip install 'clric[export]'\n"
 
 
 def test_missing_weights_are_one_line(tmp_path: Path) -> None:
@@ -242,7 +270,9 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("Error: the decoder weights of sdxl-refiner are missing: no ")
+    assert done.stderr.splitlines()[-1].startswith(
+        "clric-export: sdxl-refiner: the decoder weights of sdxl-refiner are missing: no "
+    )
     assert "hf download stabilityai/stable-diffusion-xl-refiner-1.0 vae/config.json" in done.stderr
     assert not list(tmp_path.glob("*.onnx"))
 
