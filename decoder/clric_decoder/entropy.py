@@ -9,7 +9,7 @@ decodes the same bytes to the same values.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Protocol
 
@@ -151,47 +151,47 @@ class PythonRangeDecoder:
     """The range decoder in plain Python: the same result as `ConstrictionRangeDecoder`, some ms slower."""
 
     def __init__(self, data: bytes):
-        self._data = data + bytes(8)  # past the end the decoder reads zeros
+        self._data = data
         self._position = 8
         self._range = (1 << 64) - 1
-        self._value = int.from_bytes(self._data[:8], "big")
-
-    def _advance(self, start: int, size: int, unit: int) -> None:
-        self._value -= unit * start
-        self._range = unit * size
-        if self._range < 1 << 32:
-            word = self._data[self._position : self._position + 4]
-            self._position += 4
-            self._value = self._value << 32 | int.from_bytes(word.ljust(4, b"\0"), "big")
-            self._range <<= 32
-
-    def _quantile(self) -> tuple[int, int]:
-        unit = self._range >> 24
-        quantile = self._value // unit
-        if quantile >= 1 << 24:
-            raise StreamError("payload", "the entropy-coded data is invalid; the file is damaged")
-        return quantile >> 8, unit << 8
+        self._value = int.from_bytes(data[:8].ljust(8, b"\0"), "big")
 
     def symbols(self, tables: Sequence[int]) -> list[int]:
         """One symbol for each table index (int), in order."""
-        decoded = []
-        for index in tables:
-            cumulative = _cumulative_list(index)
-            quantile, unit = self._quantile()
-            symbol = bisect.bisect_right(cumulative, quantile) - 1
-            self._advance(cumulative[symbol], cumulative[symbol + 1] - cumulative[symbol], unit)
-            decoded.append(symbol)
-        return decoded
+        return self._decode(map(_cumulative_list, tables))
 
     def bits(self, count: int) -> int:
         """`count` bits of equal probability, the most significant first."""
         value = 0
-        for _ in range(count):
-            quantile, unit = self._quantile()
-            bit = quantile >> 15
-            self._advance(bit << 15, 1 << 15, unit)
+        for bit in self._decode([_BIT] * count):
             value = value << 1 | bit
         return value
+
+    def _decode(self, tables: Iterable[Sequence[int]]) -> list[int]:
+        """One symbol for each cumulative table. The state is kept in local names: this loop is all of the time."""
+        width, value = self._range, self._value
+        search, decoded = bisect.bisect_right, []
+        for cumulative in tables:
+            unit = width >> 24 << 8
+            quantile = value // unit
+            if quantile >= 65536:
+                raise StreamError("payload", "the entropy-coded data is invalid; the file is damaged")
+            symbol = search(cumulative, quantile) - 1
+            decoded.append(symbol)
+            start = cumulative[symbol]
+            value -= unit * start
+            width = unit * (cumulative[symbol + 1] - start)
+            if width < 1 << 32:
+                # Past the end of the segment follow zeros
+                word = self._data[self._position : self._position + 4].ljust(4, b"\0")
+                self._position += 4
+                value = value << 32 | int.from_bytes(word, "big")
+                width <<= 32
+        self._range, self._value = width, value
+        return decoded
+
+
+_BIT = (0, 32768, 65536)
 
 
 @cache
