@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from clric_decoder import bitstream
-from clric_decoder.context import build_arms, encode_level
+from clric_decoder.latent import encode_grids
 from clric_decoder.models import LATENT_SPACES
-from clric_decoder.networks import Parameters, encode_networks, parameter_groups
+from clric_decoder.networks import Parameters, parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,15 +38,9 @@ def make_stream() -> MakeStream:
 
     def make(width: int = 48, height: int = 40, space: str = "sd1") -> bytes:
         channels = LATENT_SPACES[space].channels
-        architecture = bitstream.Architecture(
+        architecture = replace(
+            bitstream.registered_architecture(1),
             channels=(channels, 1, 1),
-            neighbours=8,
-            earlier=0,
-            coarser=0,
-            hidden_layers=2,
-            width=8,
-            two_arms=False,
-            grid_scales=True,
             synthesis=(bitstream.SynthesisLayer(channels),),
         )
         networks = []
@@ -54,21 +49,16 @@ def make_stream() -> MakeStream:
             if group.name == "synthesis.weight0":
                 integers.reshape(channels, -1)[:, :channels] = np.eye(channels)  # the finest grid is the latent
             networks.append(Parameters(group, 0, integers))
-        arms = build_arms(networks, architecture)
         random = np.random.default_rng(0)
         shapes = bitstream.grid_shapes(architecture.channels, -(-height // 8), -(-width // 8))
         grids = [random.integers(-2, 3, shape).astype(np.int32) for shape in shapes]
-        levels = [
-            encode_level(grid, arm, architecture, coarser)
-            for grid, arm, coarser in zip(grids, arms, [*grids[1:], None], strict=True)
-        ]
         return bitstream.write(
             width=width,
             height=height,
             space=space,
             channels=channels,
             architecture=architecture,
-            segments=bitstream.Segments(encode_networks(networks), tuple(levels)),
+            segments=encode_grids(networks, grids, architecture),
         )
 
     return make

@@ -29,6 +29,11 @@ class ImageError(ClricError):
     """An image file that cannot be read or written."""
 
 
+def brief(error: BaseException) -> str:
+    """The first sentence of another library's long message; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]
+
+
 def one_line(error: BaseException) -> str:
     """Another library's message on one line; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

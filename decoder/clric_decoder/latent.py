@@ -1,13 +1,13 @@
-"""Bytes -> latent: container, networks, grids and synthesis, in order."""
+"""Bytes -> latent: container, networks, grids and synthesis, in order; and the payload that is its inverse."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from . import bitstream
-from .bitstream import MAX_PIXELS, Header
-from .context import build_arms, decode_level
-from .networks import Parameters, decode_networks
+from .bitstream import MAX_PIXELS, Architecture, Header, Segments
+from .context import build_arms, decode_level, encode_level
+from .networks import Parameters, decode_networks, encode_networks
 from .synthesis import synthesize
 
 
@@ -25,6 +25,21 @@ def decode_grids(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, lis
         shape = header.grid_shapes[level]
         grids.insert(0, decode_level(segments.levels[level], shape, arms[level], header.architecture, coarser))
     return header, networks, grids
+
+
+def encode_grids(
+    networks: list[Parameters], grids: list[np.ndarray], architecture: Architecture, metadata: bytes = b""
+) -> Segments:
+    """The payload of networks and grids, the latter (channels, height, width) each, the finest first.
+
+    The inverse of `decode_grids`: the encoder codes with the very functions that the decoder decodes with.
+    """
+    arms = build_arms(networks, architecture)
+    coarser = [*grids[1:], None]
+    levels = [
+        encode_level(grid, arm, architecture, above) for grid, arm, above in zip(grids, arms, coarser, strict=True)
+    ]
+    return Segments(encode_networks(networks), tuple(levels), metadata)
 
 
 def decode_latent(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -8,12 +8,9 @@ import re
 import numpy as np
 import torch
 from clric_decoder import bitstream
-from clric_decoder.bitstream import Segments
-from clric_decoder.context import build_arms, encode_level
 from clric_decoder.errors import ClricError
-from clric_decoder.latent import decode_grids
+from clric_decoder.latent import decode_grids, encode_grids
 from clric_decoder.models import LATENT_SPACES
-from clric_decoder.networks import encode_networks
 from clric_decoder.synthesis import synthesize
 
 from .autoencoder import load_encoder
@@ -120,20 +117,10 @@ def encode_latent(
         space=space,
         channels=latent.shape[0],
         architecture=function.architecture,
-        segments=_segments(function),
+        segments=encode_grids(function.networks, function.grids, function.architecture),
     )
     _check(data, function)
     return data
-
-
-def _segments(function: Function) -> Segments:
-    arms = build_arms(function.networks, function.architecture)
-    grids = function.grids
-    levels = []
-    for level, grid in enumerate(grids):
-        coarser = grids[level + 1] if level + 1 < len(grids) else None
-        levels.append(encode_level(grid, arms[level], function.architecture, coarser))
-    return Segments(encode_networks(function.networks), tuple(levels))
 
 
 def _check(data: bytes, function: Function) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from clric_decoder.errors import ModelError
+from clric_decoder.errors import ModelError, brief
 from clric_decoder.models import (
     DIFFUSERS_FILES,
     LATENT_SPACES,
@@ -157,7 +157,7 @@ def _load_tiny(autoencoder: Autoencoder, path: Path) -> nn.Sequential:
     try:
         layers.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} holds no decoder of {autoencoder.name}: {_brief(error)}") from error
+        raise ModelError(f"{path} holds no decoder of {autoencoder.name}: {brief(error)}") from error
     return layers
 
 
@@ -175,7 +175,7 @@ def _hub_folder(autoencoder: Autoencoder, models: str | os.PathLike[str] | None)
         except LocalEntryNotFoundError as error:
             raise missing_weights(autoencoder, "decoder", models, "which cannot be reached") from error
         except OSError as error:  # no such repository, no permission, no space left
-            raise missing_weights(autoencoder, "decoder", models, _brief(error)) from error
+            raise missing_weights(autoencoder, "decoder", models, brief(error)) from error
     return Path(paths[0]).parent
 
 
@@ -184,7 +184,7 @@ def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
     try:
         vae = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).float()
     except Exception as error:  # diffusers and safetensors share no base class for what a damaged file does
-        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {_brief(error)}") from error
+        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {brief(error)}") from error
     channels = LATENT_SPACES[autoencoder.space].channels
     if vae.config.latent_channels != channels:
         raise ModelError(
@@ -203,9 +203,4 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             state = safetensors.torch.load_file(path)
         return {key: tensor.float() for key, tensor in state.items()}
     except Exception as error:  # the two readers share no base class for what a damaged file does to them
-        raise ModelError(f"{path} cannot be read as weights: {_brief(error)}; download it again") from error
-
-
-def _brief(error: Exception) -> str:
-    """The first sentence of another library's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]
+        raise ModelError(f"{path} cannot be read as weights: {brief(error)}; download it again") from error

@@ -28,6 +28,7 @@ from clric_decoder.bitstream import (
 )
 from clric_decoder.context import build_arms, encode_level
 from clric_decoder.entropy import ESCAPE_HIGH, RangeEncoder
+from clric_decoder.latent import encode_grids
 from clric_decoder.models import LATENT_SPACES
 from clric_decoder.networks import Parameters, encode_networks, parameter_groups
 
@@ -35,21 +36,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import reference_decoder  # noqa: E402
 
-DEFAULT = Architecture(
-    channels=(4, 1, 1, 1, 1),
-    neighbours=8,
-    earlier=0,
-    coarser=0,
-    hidden_layers=2,
-    width=8,
-    two_arms=False,
-    grid_scales=True,
-    synthesis=(
-        SynthesisLayer(4),
-        SynthesisLayer(8, kernel=3, relu=True),
-        SynthesisLayer(4, kernel=3, residual=2),
-    ),
-)
+DEFAULT = registered_architecture(1)
 
 
 @dataclass(frozen=True)
@@ -222,18 +209,13 @@ def make_valid(case: Case, seed: int) -> tuple[bytes, list[np.ndarray]]:
     shapes = grid_shapes(architecture.channels, -(-case.height // 8), -(-case.width // 8))
     grids = [np.rint(rng.laplace(scale=case.grid_scale, size=shape)).astype(np.int32) for shape in shapes]
     case.edit(grids)
-    arms = build_arms(networks, architecture)
-    levels = [
-        encode_level(grid, arm, architecture, coarser)
-        for grid, arm, coarser in zip(grids, arms, [*grids[1:], None], strict=True)
-    ]
     data = bitstream.write(
         width=case.width,
         height=case.height,
         space=case.space,
         channels=channels,
         architecture=architecture,
-        segments=Segments(encode_networks(networks), tuple(levels), case.metadata),
+        segments=encode_grids(networks, grids, architecture, case.metadata),
     )
     return data, grids
 
