@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # Each worker computes on one thread: more would wait for each other
 WORKERS ?= 2
 
-.PHONY: demo test test-slow format clean
+.PHONY: demo test test-slow bench format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -q -m slow
+
+# Six Kodak images where ../shared is (matplotlib's sample photo elsewhere): at most 20 minutes on two cores. What
+# results/ holds already is not measured again.
+BENCH_IMAGES ?= $(or $(wildcard $(foreach n,01 05 08 15 20 23,../shared/data/kodak/kodim$(n).png)),$(SAMPLE))
+SAMPLE = $(shell $(BIN)/python -c 'import matplotlib; print(matplotlib.get_data_path())')/sample_data/grace_hopper.jpg
+
+bench: $(READY)
+	$(BIN)/clric-bench run $(BENCH_IMAGES) -o results --jobs 2 $(addprefix --metrics ,$(wildcard ../shared/metrics))
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -21,8 +21,8 @@ from .models import check_space, find_decoder
 if TYPE_CHECKING:
     import onnxruntime
 
-# The decoder of a latent space that is taken where none is named: the smallest that is published.
-DEFAULT_DECODERS = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1", "flux2": "taef2"}
+# The decoder of a latent space that is taken where none is named: the smallest there is.
+DEFAULT_DECODERS = {"sd1": "lite", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1", "flux2": "taef2"}
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

@@ -5,7 +5,8 @@ export wings build on the same tables and the same search. Files are looked at w
 answer to a folder without permission is an exception.
 
 Files are searched for in the folder given by ``--models``, in the folders of ``$CLRIC_MODELS`` (separated as
-``$PATH`` is), and in the user's cache, in this order; each folder directly and one folder level down.
+``$PATH`` is), in the user's cache, and in what comes with this package, in this order; each folder directly and one
+folder level down.
 """
 
 import hashlib
@@ -48,9 +49,10 @@ LATENT_SPACES: dict[str, LatentSpace] = {
 class Autoencoder:
     """A published VAE: its latent space, its files and its licence.
 
-    ``kind``: ``tiny`` is the TAESD family, ``kl`` is diffusers' AutoencoderKL.
+    ``kind``: ``tiny`` is the TAESD family, ``kl`` is diffusers' AutoencoderKL, ``lite`` is clric's own, with an
+        encoder of TAESD's kind and a decoder that exists as ONNX only. Both halves come with clric.
     ``encoder_stem``, ``decoder_stem``: names of the local weights of each half, without .safetensors or .pth;
-        None where a model comes as one diffusers folder only.
+        None where a model comes as one diffusers folder or as ONNX only.
     ``hub_repo``, ``hub_subfolder``: where the diffusers layout lies on the Hugging Face hub; None where there
         is none.
     ``scaling``, ``shift``: latent = (posterior mean - shift) * scaling.
@@ -60,7 +62,7 @@ class Autoencoder:
 
     name: str
     space: str
-    kind: Literal["tiny", "kl"]
+    kind: Literal["tiny", "kl", "lite"]
     encoder_stem: str | None
     decoder_stem: str | None
     hub_repo: str | None
@@ -90,6 +92,9 @@ def _tiny(name: str, space: str) -> Autoencoder:
 AUTOENCODERS: dict[str, Autoencoder] = {
     autoencoder.name: autoencoder
     for autoencoder in (
+        Autoencoder(
+            "lite", "sd1", "lite", "lite_encoder", None, None, None, 1.0, 0.0, "BSD-3-Clause", "comes with clric"
+        ),
         _kl("sd14", "sd1", "CompVis/stable-diffusion-v1-4", 0.18215, "OpenRAIL-M"),
         _kl("sdxl-refiner", "sdxl", "stabilityai/stable-diffusion-xl-refiner-1.0", 0.13025, "OpenRAIL++-M"),
         # stabilityai withdrew its repositories of Stable Diffusion 2 in November 2025; this is a mirror.
@@ -106,6 +111,12 @@ AUTOENCODERS: dict[str, Autoencoder] = {
         ),
     )
 }  # fmt: skip
+
+# The encoders of kind tiny and lite: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image's size, and channels.
+ENCODER_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {"tiny": ((1, 3, 3, 3), 64), "lite": ((0, 1, 2, 3), 48)}
+
+# What comes with clric: the decoder of the autoencoder ``lite``.
+WEIGHTS = Path(__file__).parent / "weights"
 
 Half = Literal["encoder", "decoder"]
 WEIGHT_SUFFIXES = (".safetensors", ".pth")
@@ -131,7 +142,7 @@ def find_autoencoder(name: str) -> Autoencoder:
 
 
 def cache_folder() -> Path:
-    """The user's folder of models: where clric-export writes, and the last that is searched."""
+    """The user's folder of models: where clric-export writes."""
     return Path(platformdirs.user_cache_dir("clric")) / "models"
 
 
@@ -146,7 +157,7 @@ def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
             raise ModelError(f"models folder {models} does not exist or is no folder")
         folders.append(Path(models))
     folders += [Path(folder) for folder in os.environ.get("CLRIC_MODELS", "").split(os.pathsep) if folder]
-    return [*folders, cache_folder()]
+    return [*folders, cache_folder(), WEIGHTS]
 
 
 def find_weights(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None = None) -> Path | None:

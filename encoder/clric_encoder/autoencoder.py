@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from clric_decoder.errors import ModelError, brief
 from clric_decoder.models import (
     DIFFUSERS_FILES,
+    ENCODER_SHAPES,
     LATENT_SPACES,
     Autoencoder,
     find_autoencoder,
@@ -32,11 +34,14 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
-# The TAESD family's layers 0 to 10 bring the image to an eighth of its size; only they work at sizes where
-# memory matters. Backwards from a feature at 1/8: stride 2 (1 at 1/4), three blocks of three 3x3 convolutions
-# (10), stride 2 (21 at 1/2), three blocks (30), stride 2 (61 pixels), a block and a convolution (65 pixels).
-_TINY_HEAD_LAYERS = 11
+# The layers up to the last stride bring the image to an eighth of its size; only they work at sizes where memory
+# matters. With the TAESD family, backwards from a feature at 1/8: stride 2 (1 at 1/4), three blocks of three 3x3
+# convolutions (10), stride 2 (21 at 1/2), three blocks (30), stride 2 (61 pixels), a block and a convolution (65
+# pixels). The lite encoder sees less.
 _TINY_HALO = 9  # latents, 72 pixels: the multiple of 8 from 65 up
+
+# What comes with clric: the encoder of the autoencoder ``lite``.
+_WEIGHTS = Path(__file__).parent / "weights"
 
 # An AutoencoderKL normalises and attends over the whole image: tiles are an approximation, blended over twice
 # this many latents.
@@ -74,11 +79,15 @@ class ImageEncoder:
 def load_encoder(name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu") -> ImageEncoder:
     """The encoder of the autoencoder of this name or alias, float32 on `device`.
 
-    Weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then
-    in the cache of the Hugging Face hub, then on the hub. Raises ModelError for missing or damaged ones.
+    Weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among
+    those that come with clric, in the cache of the Hugging Face hub, and on the hub. ``name`` may also be the path
+    of an encoder that clric-export distill made (.safetensors). Raises ModelError for missing or damaged ones.
     """
+    if name.endswith(".safetensors"):
+        space, layers = _load_distilled(Path(name))
+        return ImageEncoder(Path(name).stem, space, _tiny_run(layers.to(device), device))
     autoencoder = find_autoencoder(name)
-    if autoencoder.kind == "tiny":
+    if autoencoder.kind != "kl":
         run = _tiny_run(_load_tiny(autoencoder, models).to(device), device)
     else:
         run = _kl_run(_load_kl(autoencoder, models).to(device), autoencoder, device)
@@ -91,7 +100,8 @@ def _tiny_run(layers: nn.Sequential, device: str) -> Callable[[np.ndarray], Tens
     The head runs in tiles whose halo covers its receptive field, the rest at 1/8 of the size in one piece:
     this is exact, also for TAEF2, whose GroupNorm looks at the whole image at that size.
     """
-    head, tail = layers[:_TINY_HEAD_LAYERS], layers[_TINY_HEAD_LAYERS:]
+    strides = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)]
+    head, tail = layers[: strides[-1] + 1], layers[strides[-1] + 1 :]
     return lambda image: tail(_in_tiles(head, image, _TINY_HALO, _TINY_PIXELS, blend=False, device=device))
 
 
@@ -190,24 +200,47 @@ class _PooledBlock(AutoencoderTinyBlock):
 
 def _load_tiny(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> nn.Sequential:
     """The encoder's layers, [1, 3, H, W] in [0, 1] -> [1, C, H/8, W/8], float32."""
-    path = find_weights(autoencoder, "encoder", models) or _hub_folder(autoencoder, models)
+    path = find_weights(autoencoder, "encoder", models) or _packaged(autoencoder) or _hub_folder(autoencoder, models)
     if path.is_dir():
         # AutoencoderTiny maps [-1, 1] to [0, 1] before these layers and leaves the latent as it is.
         layers = _load_diffusers(AutoencoderTiny, autoencoder, path).encoder.layers
     else:
-        state = _read_weights(path)
         channels = LATENT_SPACES[autoencoder.space].channels
-        layers = EncoderTiny(3, channels, (1, 3, 3, 3), (64, 64, 64, 64), "relu").layers
-        for index in range(len(layers)):
-            if f"{index}.pool.0.weight" in state:
-                layers[index] = _PooledBlock(64)
-        try:
-            layers.load_state_dict(state)
-        except RuntimeError as error:
-            raise ModelError(f"{path} holds no encoder of {autoencoder.name}: {brief(error)}") from error
+        layers = _tiny_layers(autoencoder.kind, channels, path, f"encoder of {autoencoder.name}")
+    return _frugal(layers)
+
+
+def _load_distilled(path: Path) -> tuple[str, nn.Sequential]:
+    """The latent space and the layers of a small encoder, whose file names its space in its metadata."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            space = LATENT_SPACES[(file.metadata() or {})["latent_space"]]
+    except FileNotFoundError as error:
+        raise ModelError(f"encoder file {path} does not exist") from error
+    except Exception as error:  # safetensors' own, OSError, KeyError
+        raise ModelError(f"{path} is no encoder of clric-export distill: {brief(error)}") from error
+    return space.name, _frugal(_tiny_layers("lite", space.channels, path, "encoder of clric-export distill"))
+
+
+def _tiny_layers(kind: str, channels: int, path: Path, what: str) -> nn.Sequential:
+    state = _read_weights(path)
+    blocks, width = ENCODER_SHAPES[kind]
+    layers = EncoderTiny(3, channels, blocks, (width,) * len(blocks), "relu").layers
+    for index in range(len(layers)):
+        if f"{index}.pool.0.weight" in state:
+            layers[index] = _PooledBlock(width)
+    try:
+        layers.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{path} holds no {what}: {brief(error)}") from error
+    return layers
+
+
+def _frugal(layers: nn.Sequential) -> nn.Sequential:
+    """In eval mode, with activations in place: less memory, the same numbers."""
     for module in layers.modules():
         if isinstance(module, nn.ReLU):
-            module.inplace = True  # less memory, the same numbers
+            module.inplace = True
     return layers.eval()
 
 
@@ -216,6 +249,11 @@ def _load_kl(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) ->
     vae = _load_diffusers(AutoencoderKL, autoencoder, path)
     vae.decoder = None  # more than half of the weights, of no use here
     return vae.eval()
+
+
+def _packaged(autoencoder: Autoencoder) -> Path | None:
+    path = _WEIGHTS / f"{autoencoder.encoder_stem}.safetensors"
+    return path if path.is_file() else None
 
 
 def _hub_folder(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> Path:

@@ -35,7 +35,7 @@ MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
 @click.option("-o", "--output", metavar="OUT", help="Stream, or folder for several; - is standard output.")
 @click.option("--lambda", "lmbda", type=float, help="Weight of the rate: loss = latent MSE + lambda * bpp.")
 @click.option("--quality", type=click.FloatRange(0, 100), help="The same from 0 to 100.  [default: 50]")
-@click.option("--vae", metavar="NAME", default="taesd", show_default=True, help="Autoencoder.")
+@click.option("--vae", metavar="NAME", default="lite", show_default=True, help="Autoencoder, or a distilled encoder.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(

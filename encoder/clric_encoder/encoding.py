@@ -33,7 +33,7 @@ def quality_to_lambda(quality: float) -> float:
 def encode(
     image: np.ndarray,
     *,
-    vae: str = "taesd",
+    vae: str = "lite",
     lmbda: float | None = None,
     quality: float | None = None,
     preset: str = "default",
@@ -108,8 +108,8 @@ def encode_latent(
         )
     if not (np.abs(latent) <= MAX_LATENT).all():
         raise ClricError(f"the latent has values beyond +-{MAX_LATENT:g}; the autoencoder's weights do not suit it")
-    function = overfit(
-        latent, lmbda, width * height, PRESETS[preset], seed=seed, device=_device(device), report=progress
+    (function,) = overfit(
+        latent[None], [lmbda], width * height, PRESETS[preset], seed=seed, device=_device(device), report=progress
     )
     data = bitstream.write(
         width=width,

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from clric_decoder.bitstream import Architecture, grid_shapes
+from clric_decoder.bitstream import Architecture
 from clric_decoder.context import MAX_VALUE
-from clric_decoder.networks import Parameters, parameter_groups
+from clric_decoder.networks import Parameters
 
-from .function import Grids, Networks, grid_bits, network_bits, synthesize
-from .parameters import as_networks, default_networks, quantize_networks
+from .canvas import Canvas
+from .function import Networks, Packing, grid_bits, synthesize
+from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
 
+BETAS = (0.9, 0.99)  # of Adam
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
 
 
@@ -45,42 +47,72 @@ class Function:
 
 @dataclass
 class _State:
-    """A function in training, with its optimiser and its own stream of random numbers."""
+    """Functions in training: grids and parameters, their moments for Adam, and a stream of random numbers each.
 
-    grids: Grids
-    networks: Networks
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
-    loss: float = math.inf
+    canvas: (batch, rows, stride). vectors: (batch, parameters). losses: (batch,), the last.
+    """
+
+    canvas: torch.Tensor
+    vectors: torch.Tensor
+    generators: list[torch.Generator]
+    losses: torch.Tensor
+    moments: list[torch.Tensor] = field(default_factory=list)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what the optimiser has seen."""
+        self.moments = [torch.zeros_like(x) for x in (self.canvas, self.canvas, self.vectors, self.vectors)]
+        self.steps = 0
+
+    def pick(self, indices: list[int]) -> _State:
+        """Some of the functions, as they are."""
+        state = replace(
+            self,
+            canvas=self.canvas[indices],
+            vectors=self.vectors[indices],
+            generators=[self.generators[i] for i in indices],
+            losses=self.losses[indices],
+        )
+        state.moments, state.steps = [moment[indices] for moment in self.moments], self.steps
+        return state
 
 
 def overfit(
-    latent: np.ndarray,
-    lmbda: float,
+    latents: np.ndarray,
+    lmbdas: Sequence[float],
     pixels: int,
     preset: Preset,
     *,
     seed: int = 0,
     device: str = "cpu",
     report: Report | None = None,
-) -> Function:
-    """The function of a latent (C, h, w) float32 that is lowest in latent MSE + lmbda * bits / pixels.
+) -> list[Function]:
+    """The functions of latents (batch, C, h, w) float32 that are lowest in latent MSE + lmbda * bits / pixels.
 
-    pixels: of the image, for the rate. The same arguments give the same function on the same device and versions.
+    lmbdas: one for each latent. pixels: of each image, for the rate. A latent's function depends on its neighbours in
+    the batch no further than by the order of float summation. The same arguments give the same functions on the same
+    device, versions and number of threads.
     """
-    trainer = _Trainer(latent, lmbda, pixels, preset, device, report)
+    trainer = _Trainer(latents, lmbdas, pixels, preset, device, report)
     state = trainer.best_start(seed)
-    networks: list[Parameters] = []
+    networks: list[list[Parameters]] = []
     for number, stage in enumerate(preset.stages):
         if stage.rounding == "hard" and not networks:
             # From here on the networks are what the stream holds, and the grids adapt to them
             networks = trainer.quantize(state)
-            state.networks = as_networks(networks, trainer.latent.device)
-            state.optimizer = _optimizer(state.grids, {})
-        trainer.train(state, stage, f"stage {number + 1} of {len(preset.stages)}", stage.iterations)
+            state.vectors = torch.stack([trainer.packing.join(as_networks(p, trainer.device))[0] for p in networks])
+            state.restart()
+        fixed = bool(networks)
+        trainer.train(state, stage, f"stage {number + 1} of {len(preset.stages)}", stage.iterations, fixed=fixed)
     networks = networks or trainer.quantize(state)
-    grids = [grid.detach().round().clamp(-MAX_VALUE, MAX_VALUE).cpu().numpy() for grid in state.grids]
-    return Function(trainer.architecture, [grid.astype(np.int32) for grid in grids], networks)
+    canvas = state.canvas.round().clamp(-MAX_VALUE, MAX_VALUE)
+    grids = [
+        [grid[i].cpu().numpy().astype(np.int32) for grid in trainer.layout.split(canvas)] for i in range(len(canvas))
+    ]
+    return [Function(trainer.architecture, *parts) for parts in zip(grids, networks, strict=True)]
 
 
 class _Trainer:
@@ -88,95 +120,161 @@ class _Trainer:
 
     def __init__(
         self,
-        latent: np.ndarray,
-        lmbda: float,
+        latents: np.ndarray,
+        lmbdas: Sequence[float],
         pixels: int,
         preset: Preset,
         device: str,
         report: Report | None,
     ):
-        self.latent = torch.from_numpy(latent).to(device)
-        self.lmbda = lmbda
+        self.device = torch.device(device)
+        self.latents = torch.from_numpy(latents).to(self.device)
+        self.lmbdas = list(lmbdas)
         self.pixels = pixels
         self.preset = preset
-        self.architecture = preset.architecture(latent.shape[0])
-        self.shapes = grid_shapes(self.architecture.channels, *latent.shape[1:])
-        self.defaults = default_networks(self.architecture, self.latent.device)
+        self.architecture = preset.architecture(latents.shape[1])
+        self.layout = Canvas(self.architecture, latents.shape[2], latents.shape[3], self.device)
+        self.packing = Packing(self.architecture, self.device)
         self.report = report or (lambda progress: None)
         self.done = 0
         self.last = Progress("start", 0, preset.iterations, 0.0, 0.0)
 
     def best_start(self, seed: int) -> _State:
-        """The state that the main training begins with: the winner of the warm-up's candidates."""
-        candidates = max([w.candidates for w in self.preset.warm_up], default=1)
-        states = [self.start(seed * 1000 + number) for number in range(candidates)]
-        for number, warm_up in enumerate(self.preset.warm_up):
-            states = sorted(states, key=lambda state: state.loss)[: warm_up.candidates]
-            for state in states:
-                name = f"warm-up {number + 1} of {len(self.preset.warm_up)}"
-                self.train(state, self.preset.stages[0], name, warm_up.iterations)
-        return min(states, key=lambda state: state.loss)
+        """The state that the main training begins with: for each latent, the winner of the warm-up's candidates."""
+        rounds = self.preset.warm_up
+        count = max([warm_up.candidates for warm_up in rounds], default=1)
+        owners = [owner for owner in range(len(self.latents)) for _ in range(count)]
+        state = self.start(owners, [seed * 1000 + number for _ in self.latents for number in range(count)])
+        for number, warm_up in enumerate(rounds):
+            state, owners = self.best(state, owners, warm_up.candidates)
+            name = f"warm-up {number + 1} of {len(rounds)}"
+            self.train(state, self.preset.stages[0], name, warm_up.iterations, owners)
+        return self.best(state, owners, 1)[0]
 
-    def start(self, seed: int) -> _State:
-        generator = torch.Generator(self.latent.device).manual_seed(seed)
-        networks = _random_networks(self.architecture, self.defaults, generator)
-        grids = [torch.zeros(shape, device=self.latent.device) for shape in self.shapes]
+    def best(self, state: _State, owners: list[int], count: int) -> tuple[_State, list[int]]:
+        """The `count` functions of lowest loss of each latent, and whose they are."""
+        losses = state.losses.tolist()
+        kept = []
+        for owner in range(len(self.latents)):
+            kept += sorted((i for i in range(len(owners)) if owners[i] == owner), key=losses.__getitem__)[:count]
+        return state.pick(kept), [owners[i] for i in kept]
+
+    def start(self, owners: list[int], seeds: list[int]) -> _State:
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        vectors = torch.stack([self.random_vector(generator) for generator in generators])
+        canvas = torch.zeros(len(owners), self.layout.rows, self.layout.stride, device=self.device)
         if self.preset.start == "principal":
-            _start_from_principal_components(self.latent, grids, networks, self.architecture, self.lmbda, self.pixels)
-        for tensor in (*grids, *networks.values()):
-            tensor.requires_grad_(True)
-        return _State(grids, networks, _optimizer(grids, networks), generator)
+            for number, owner in enumerate(owners):
+                _start_from_principal_components(
+                    self.latents[owner],
+                    self.layout.split(canvas[number : number + 1])[0][0],
+                    {name: values[0] for name, values in self.packing.split(vectors[number : number + 1]).items()},
+                    self.architecture,
+                    self.lmbdas[owner],
+                    self.pixels,
+                )
+        return _State(canvas, vectors, generators, torch.zeros(len(owners)))
 
-    def train(self, state: _State, stage: Stage, name: str, iterations: int) -> None:
-        """Some iterations of a stage; `state` is changed in place."""
+    def random_vector(self, generator: torch.Generator) -> torch.Tensor:
+        """Near-zero ARM weights, bicubic upsampling, and a synthesis whose layers keep the variance of their inputs."""
+        vector = self.packing.defaults.clone()
+        for group, part in zip(self.packing.groups, vector.split(self.packing.sizes), strict=True):
+            if ".weight" not in group.name:
+                continue
+            layer = int(group.name[-1])
+            scale = 1 / math.sqrt(math.prod(group.shape[1:]))
+            if group.name.startswith("arm"):
+                scale *= 0.1
+            elif self.architecture.synthesis[layer].residual:
+                scale *= 0.01  # a residual branch starts near nothing
+            part.normal_(0, scale, generator=generator)
+        return vector
+
+    def train(
+        self,
+        state: _State,
+        stage: Stage,
+        name: str,
+        iterations: int,
+        owners: list[int] | None = None,
+        fixed: bool = False,
+    ) -> None:
+        """Some iterations of a stage; `state` is changed in place.
+
+        owners: the latent that each function is of, by default one each. fixed: the grids alone are trained.
+        """
+        targets = self.latents if owners is None else self.latents[owners]
+        lmbdas = [self.lmbdas[owner] for owner in owners or range(len(self.lmbdas))]
+        prices = torch.tensor(lmbdas, device=self.device) / self.pixels
+        draw = torch.rand if stage.rounding == "uniform" else torch.randn
         for iteration in range(iterations):
             position = iteration / stage.iterations
-            for group, rates in zip(state.optimizer.param_groups, (stage.grid_rate, stage.network_rate), strict=False):
-                group["lr"] = _cosine(rates, position)
-            grids = [self.rounded(grid, stage, position, state.generator) for grid in state.grids]
-            bits = grid_bits(grids, state.networks, self.architecture)
-            distortion = (synthesize(grids, state.networks, self.architecture) - self.latent).square().mean()
-            loss = distortion + self.lmbda / self.pixels * bits
-            if len(state.optimizer.param_groups) > 1:
-                loss = loss + self.lmbda / self.pixels * network_bits(state.networks, self.defaults)
-            state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            state.optimizer.step()
+            canvas = state.canvas.detach().requires_grad_()
+            vectors = state.vectors.detach().requires_grad_(not fixed)
+            if stage.rounding == "hard":
+                rounded = round_straight_through(canvas)
+            else:
+                shape = canvas.shape[1:]
+                noise = torch.stack([draw(shape, generator=g, device=self.device) for g in state.generators])
+                if stage.rounding == "uniform":
+                    rounded = add_uniform_noise(canvas, noise)
+                else:
+                    temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
+                    rounded = soft_round_with_noise(canvas, noise, temperature, sigma)
+            rounded = rounded * self.layout.mask
+            networks = self.packing.split(vectors)
+            bits = grid_bits(rounded, networks, self.architecture, self.layout)
+            latents = synthesize(rounded, networks, self.architecture, self.layout)
+            distortions = (latents - targets).square().mean((1, 2, 3))
+            losses = distortions + prices * bits
+            objective = losses if fixed else losses + prices * self.packing.bits(vectors)
+            objective.sum().backward()
+            state.steps += 1
+            _adam(state.canvas, canvas.grad, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
+            _adam(state.vectors, vectors.grad, state.moments[2:], state.steps, _cosine(stage.network_rate, position))
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
-                state.loss = loss.item()
+                state.losses = losses.detach().cpu()
                 self.last = Progress(
                     name,
-                    self.done + iteration + 1,
+                    self.done + (iteration + 1) * self.share(state),
                     self.preset.iterations,
-                    bits.item() / self.pixels,
-                    distortion.item(),
+                    bits.mean().item() / self.pixels,
+                    distortions.mean().item(),
                 )
                 self.report(self.last)
-        self.done += iterations
+        self.done += iterations * self.share(state)
 
-    def rounded(self, grid: torch.Tensor, stage: Stage, position: float, generator: torch.Generator) -> torch.Tensor:
-        if stage.rounding == "uniform":
-            return add_uniform_noise(grid, generator)
-        if stage.rounding == "soft":
-            temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
-            return soft_round_with_noise(grid, temperature, sigma, generator)
-        return round_straight_through(grid)
+    def share(self, state: _State) -> int:
+        """Candidates that are trained for each latent."""
+        return len(state.canvas) // len(self.latents)
 
-    def quantize(self, state: _State) -> list[Parameters]:
+    def quantize(self, state: _State) -> list[list[Parameters]]:
         """The networks as integers, for the grids as they round now."""
-        return quantize_networks(
-            {name: values.detach() for name, values in state.networks.items()},
-            [grid.detach().round() for grid in state.grids],
-            self.latent,
-            self.architecture,
-            self.lmbda / self.pixels,
-            lambda: self.report(replace(self.last, stage="networks")),
-        )
+        return [
+            quantize_networks(
+                {name: values[i : i + 1] for name, values in self.packing.split(state.vectors).items()},
+                state.canvas[i : i + 1].round(),
+                self.latents[i : i + 1],
+                self.architecture,
+                self.layout,
+                self.lmbdas[i] / self.pixels,
+                lambda: self.report(replace(self.last, stage="networks")),
+            )
+            for i in range(len(self.latents))
+        ]
 
 
-def _optimizer(grids: Grids, networks: Networks) -> torch.optim.Optimizer:
-    groups = [{"params": grids}] + [{"params": list(networks.values())}] * bool(networks)
-    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
+def _adam(
+    values: torch.Tensor, gradient: torch.Tensor | None, moments: list[torch.Tensor], steps: int, rate: float
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015), in place; nothing without a gradient."""
+    if gradient is None:
+        return
+    mean, square = moments
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.lerp_(gradient.square(), 1 - BETAS[1])
+    scale = math.sqrt(1 - BETAS[1] ** steps)
+    values.addcdiv_(mean, square.sqrt().add_(1e-8 * scale), value=-rate * scale / (1 - BETAS[0] ** steps))
 
 
 def _cosine(rates: tuple[float, float], position: float) -> float:
@@ -187,28 +285,9 @@ def _linear(values: tuple[float, float], position: float) -> float:
     return values[0] + (values[1] - values[0]) * position
 
 
-def _random_networks(architecture: Architecture, defaults: Networks, generator: torch.Generator) -> Networks:
-    """Near-zero ARM weights, bicubic upsampling, and a synthesis whose layers keep the variance of their inputs."""
-    networks = {}
-    for group in parameter_groups(architecture):
-        values = defaults[group.name].clone()
-        if group.name.endswith("bias") or group.name in ("upsampler", "grid_scales"):
-            networks[group.name] = values
-            continue
-        fan_in = math.prod(group.shape[1:])
-        noise = torch.randn(group.shape, generator=generator, device=values.device) / math.sqrt(fan_in)
-        layer = int(group.name[-1])
-        if group.name.startswith("arm"):
-            noise = 0.1 * noise
-        elif architecture.synthesis[layer].residual:
-            noise = 0.01 * noise  # a residual branch starts near nothing
-        networks[group.name] = noise
-    return networks
-
-
 def _start_from_principal_components(
     latent: torch.Tensor,
-    grids: Grids,
+    finest_grids: torch.Tensor,
     networks: Networks,
     architecture: Architecture,
     lmbda: float,
@@ -232,11 +311,11 @@ def _start_from_principal_components(
 
     weight = networks["synthesis.weight0"].zero_()
     first = architecture.synthesis[0]
-    finest = min(len(grids[0]), channels, first.channels)
-    grids[0][:finest] = (components[:, :finest].T @ (flat - mean) / step).view(finest, height, width)
+    finest = min(len(finest_grids), channels, first.channels)
+    finest_grids[:finest] = (components[:, :finest].T @ (flat - mean) / step).view(finest, height, width)
     centre = first.kernel // 2
     for number in range(weight.shape[1]):
-        component = number if number < len(grids[0]) else (number - len(grids[0])) % channels
+        component = number if number < len(finest_grids) else (number - len(finest_grids)) % channels
         if component < channels:
             weight[:channels, number, centre, centre] = components[: len(weight), component] * step
     networks["synthesis.bias"][:channels] = mean[:, 0]

@@ -14,35 +14,30 @@ import torch
 from clric_decoder.bitstream import Architecture
 from clric_decoder.networks import Group, Parameters, integer_bits, parameter_groups
 
-from .function import Grids, Networks, grid_bits, synthesize
+from .canvas import Canvas
+from .function import Networks, grid_bits, synthesize
 
 GROUP_BITS = 8  # exponent and scale code
 
 
-def default_networks(architecture: Architecture, device: torch.device) -> Networks:
-    """Default set 0 as tensors."""
-    return {
-        group.name: torch.as_tensor(group.default, dtype=torch.float32).expand(group.shape).clone().to(device)
-        for group in parameter_groups(architecture)
-    }
-
-
 def as_networks(parameters: list[Parameters], device: torch.device) -> Networks:
-    """What a decoder makes of quantised parameters."""
-    return {p.group.name: torch.from_numpy(p.values).to(device) for p in parameters}
+    """What a decoder makes of quantised parameters, each (1, *shape)."""
+    return {p.group.name: torch.from_numpy(p.values)[None].to(device) for p in parameters}
 
 
 def quantize_networks(
     networks: Networks,
-    grids: Grids,
+    canvas: torch.Tensor,
     latent: torch.Tensor,
     architecture: Architecture,
+    layout: Canvas,
     weight: float,
     tick: Callable[[], None],
 ) -> list[Parameters]:
-    """Integers for every group of parameters, in the order of `parameter_groups`.
+    """Integers for every group of parameters of one function, in the order of `parameter_groups`.
 
-    latent: (C, h, w). weight: what a bit costs, in units of distortion: lambda / pixels. tick: called before the
+    networks: of a batch of one. canvas: (1, rows, stride), rounded. latent: (1, C, h, w). weight: what a bit costs, in
+    units of distortion: lambda / pixels. tick: called before the
     work on each group.
     """
     current = dict(networks)
@@ -50,22 +45,22 @@ def quantize_networks(
 
     def cost(group: Group, values: torch.Tensor) -> float:
         """What the grids (for the ARM) or the latent (for the rest) cost with other values of one group."""
-        trial = {**current, group.name: values.to(latent.device)}
+        trial = {**current, group.name: values[None].to(latent.device)}
         if group.name.startswith("arm") or group.name == "grid_scales":
-            return weight * grid_bits(grids, trial, architecture).item()
-        return (synthesize(grids, trial, architecture) - latent).square().mean().item()
+            return weight * grid_bits(canvas, trial, architecture, layout).item()
+        return (synthesize(canvas, trial, architecture, layout) - latent).square().mean().item()
 
     quantized = []
     with torch.no_grad():
         for group in groups:
             tick()
-            best = _best_exponent(group, networks[group.name].cpu().numpy(), cost, weight)
-            current[group.name] = torch.from_numpy(best.values).to(latent.device)
+            best = _best_exponent(group, networks[group.name][0].cpu().numpy(), cost, weight)
+            current[group.name] = torch.from_numpy(best.values)[None].to(latent.device)
             quantized.append(best)
         for number, parameters in enumerate(quantized):
             tick()
             quantized[number] = _shrink(parameters, cost, weight)
-            current[parameters.group.name] = torch.from_numpy(quantized[number].values).to(latent.device)
+            current[parameters.group.name] = torch.from_numpy(quantized[number].values)[None].to(latent.device)
     return quantized
 
 

@@ -101,6 +101,12 @@ def default_architecture(channels: int) -> Architecture:
 
 
 PRESETS = {
+    "fast": Preset(
+        architecture=default_architecture,
+        start="principal",
+        warm_up=(),
+        stages=(Stage(300, "soft", (1e-2, 2.5e-4), (0.03, 0.001), (0.25, 0.04), (0.22, 0.15)),),
+    ),
     "default": Preset(
         architecture=default_architecture,
         start="principal",

@@ -1,5 +1,6 @@
-"""clric-export: makes the ONNX image decoder of a pretrained autoencoder, for clric-dec."""
+"""clric-export: makes ONNX image decoders for clric-dec, of pretrained autoencoders, and small ones by distillation."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,23 @@ if TYPE_CHECKING:
 NAME = "clric-export"
 
 
-@click.command(epilog=f"NAME is one of {', '.join(AUTOENCODERS)}.")
+EXPORTABLE = [name for name, autoencoder in AUTOENCODERS.items() if autoencoder.kind != "lite"]
+
+
+class _Group(click.Group):
+    """`clric-export NAME` is short for `clric-export onnx NAME`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        is_short = bool(args) and args[0] not in {*self.commands, *ctx.help_option_names}
+        return super().parse_args(ctx, ["onnx", *args] if is_short else args)
+
+
+@click.group(cls=_Group)
+def command() -> None:
+    """Make image decoders for clric-dec. `clric-export NAME` is short for `clric-export onnx NAME`."""
+
+
+@command.command(epilog=f"NAME is one of {', '.join(EXPORTABLE)}.")
 @click.argument("name")
 @click.option(
     "-o",
@@ -31,7 +48,7 @@ NAME = "clric-export"
     help="Folder of weights, searched before $CLRIC_MODELS, the user's cache and the Hugging Face hub.",
 )
 @click.option("--fp32/--fp16", "only_fp32", default=None, help="Write only this precision.  [default: both]")
-def command(name: str, output: Path | None, models: Path | None, only_fp32: bool | None) -> int:
+def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | None) -> int:
     """Export the image decoder NAME to ONNX: NAME.onnx (fp32) and NAME.fp16.onnx, with their manifests.
 
     Each is compared with torch, and the largest difference printed (the image's range is 0 to 1).
@@ -46,18 +63,75 @@ def command(name: str, output: Path | None, models: Path | None, only_fp32: bool
     return for_each(NAME, [(name,)], export)
 
 
+@command.command()
+@click.argument("teacher")
+@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder to work in; a run that was stopped there goes on.",
+)
+@click.option(
+    "--streams",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of streams of the photos by clric-enc, for a decoder that knows coded latents.",
+)
+@click.option(
+    "--lpips",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of LPIPS weights; without, the decoder learns pixels and structure alone.",
+)
+@click.option("--iterations", type=click.IntRange(100), default=10500, show_default=True, help="Of the decoder.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder of weights, searched first.")
+def distill(
+    teacher: str,
+    photos: Path,
+    output: Path,
+    streams: Path | None,
+    lpips: Path | None,
+    iterations: int,
+    seed: int,
+    device: str,
+    models: Path | None,
+) -> int:
+    """Train a small autoencoder for the latent space of TEACHER: a decoder as ONNX, an encoder as safetensors.
+
+    It learns from a folder of photos and starts from random weights. Hours on a CPU.
+    """
+
+    def run(teacher: str) -> None:
+        with _libraries():
+            from .distill import distill  # torch takes seconds to import, --help should not
+        try:
+            files = distill(
+                teacher,
+                photos,
+                output,
+                streams=streams,
+                lpips=lpips,
+                iterations=iterations,
+                seed=seed,
+                device=device,
+                models=models,
+                report=lambda line: click.echo(line, err=True),
+            )
+        except OSError as error:
+            raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
+        for file in files:
+            click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+
+    return for_each(NAME, [(teacher,)], run)
+
+
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:
     """Writes the files, and gives a line about each. Raises ClricError, whatever goes wrong."""
-    # Both are read on import; for the first see clric_decoder/autoencoder.py. diffusers warns of harmless fields.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    try:
+    with _libraries():
         from .onnx import write_decoder  # torch takes seconds to import, --help should not
         from .sources import load_decoder
-    except ModuleNotFoundError as error:
-        raise ClricError(f"{error.name} is not installed; run: pip install 'clric[export]'") from error
-    except (ImportError, OSError) as error:
-        raise ClricError(f"the libraries cannot be loaded ({one_line(error)}); install them again") from error
     decoder = load_decoder(name, models)
     for precision in precisions:
         try:
@@ -70,6 +144,20 @@ def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[
         except Exception as error:  # torch, onnx and onnxruntime share no base class
             raise ClricError(f"the export to ONNX failed ({one_line(error)[:300]})") from error
         yield f"{folder / manifest['file']}  {megabytes:.1f} MB, differs from torch by at most {manifest['parity']:.2g}"
+
+
+@contextlib.contextmanager
+def _libraries() -> Iterator[None]:
+    """Around what imports torch and its like: ClricError where they are missing or broken."""
+    # Both are read on import; for the first see clric_decoder/autoencoder.py. diffusers warns of harmless fields.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ClricError(f"{error.name} is not installed; run: pip install 'clric[export]'") from error
+    except (ImportError, OSError) as error:
+        raise ClricError(f"the libraries cannot be loaded ({one_line(error)}); install them again") from error
 
 
 def main() -> None:

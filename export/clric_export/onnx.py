@@ -1,7 +1,7 @@
 """A DecoderSource becomes an ONNX file with its manifest, compared with torch before it takes its name.
 
 `write_decoder` gives NAME.onnx (fp32) or NAME.fp16.onnx, with the manifest NAME.json or NAME.fp16.json beside
-it, as clric_decoder.models.find_decoder reads them.
+it, as clric_decoder.models.find_decoder reads them. A decoder that exists in one precision only has its plain name.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from clric_decoder.errors import ModelError
 
 from .sources import DecoderSource
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 # 17 is what the exporter writes at best, and what onnxruntime reads from 1.13 on.
 OPSET = 17
@@ -31,21 +31,25 @@ OPSET = 17
 PARITY_SIZES = ((8, 8), (13, 21))
 
 # The largest difference that is let through, in units of the image's [0, 1]: a quarter of an 8-bit step for
-# the same weights, five steps where the weights were rounded to fp16.
-PARITY_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2}
+# the same weights, five steps where the weights were rounded to fp16, a few more in single pixels for int8.
+PARITY_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
 
-# Smaller tensors (biases, constants) stay float32 in an fp16 file: they weigh nothing.
-_FP16_ELEMENTS = 1024
+# Smaller tensors (biases, constants) stay float32: they weigh nothing.
+_LARGE = 1024
 
 
-def write_decoder(decoder: DecoderSource, folder: Path, precision: Precision) -> dict[str, Any]:
+def write_decoder(
+    decoder: DecoderSource, folder: Path, precision: Precision, stem: str | None = None
+) -> dict[str, Any]:
     """Exports, compares, and writes the ONNX file and its manifest into a folder, which is made if need be.
+
+    ``stem`` is the files' name without suffix: by default the decoder's, followed by .fp16 or .int8.
 
     Both are written beside their names and renamed when they are whole. Returns the manifest. Raises
     ModelError where the file does not do what the torch module does, OSError where the folder cannot be
     written.
     """
-    stem = decoder.name if precision == "fp32" else f"{decoder.name}.{precision}"
+    stem = stem or (decoder.name if precision == "fp32" else f"{decoder.name}.{precision}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=folder) as scratch:
         file = Path(scratch) / f"{stem}.onnx"
@@ -81,7 +85,9 @@ def export_onnx(decoder: DecoderSource, path: Path, precision: Precision) -> Non
     """Writes the ONNX file of a decoder: input ``latent``, output ``image``, batch, height and width dynamic.
 
     fp16: the weights are stored as float16 and widened by Cast nodes, which onnxruntime folds away when it
-    loads the file: half the bytes, the speed of float32. Input, output and arithmetic are float32 either way.
+    loads the file: half the bytes, the speed of float32. int8: stored as 8-bit integers with a float32 scale for
+    each output channel, widened in the same way: a quarter of the bytes. Input, output and arithmetic are float32
+    in each.
     """
     example = torch.zeros(1, decoder.channels, 12, 10)
     with torch.inference_mode(), warnings.catch_warnings():
@@ -102,9 +108,9 @@ def export_onnx(decoder: DecoderSource, path: Path, precision: Precision) -> Non
                 "image": {0: "batch", 2: "8h", 3: "8w"},
             },
         )
-    if precision == "fp16":
+    if precision != "fp32":
         model = onnx.load(path)
-        _store_fp16(model.graph)
+        _store_small(model.graph, precision)
         onnx.checker.check_model(model)
         onnx.save(model, path)
 
@@ -128,17 +134,27 @@ def parity(decoder: DecoderSource, path: Path) -> float:
     return worst
 
 
-def _store_fp16(graph: Any) -> None:
-    """Turns the large float32 initializers into float16 ones with a Cast to float32 behind them."""
-    casts = []
+def _store_small(graph: Any, precision: Precision) -> None:
+    """Turns the large float32 initializers into float16 or int8 ones, with what widens them behind them."""
+    to_array, from_array, make_node = onnx.numpy_helper.to_array, onnx.numpy_helper.from_array, onnx.helper.make_node
+    widening, scales = [], []
     for tensor in graph.initializer:
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < _FP16_ELEMENTS:
+        values = to_array(tensor)
+        if values.dtype != np.float32 or values.size < _LARGE:
             continue
-        name = tensor.name
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
-        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
+        name, stored = tensor.name, f"{tensor.name}.{precision}"
+        if precision == "fp16":
+            tensor.CopyFrom(from_array(values.astype(np.float16), stored))
+            widening.append(make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
+        else:
+            scale = np.abs(values).max(tuple(range(1, values.ndim)), keepdims=True) / np.float32(127)
+            scale = np.maximum(scale, np.finfo(np.float32).tiny)
+            tensor.CopyFrom(from_array(np.rint(values / scale).astype(np.int8), stored))
+            scales.append(from_array(scale, f"{name}.scale"))
+            widening.append(make_node("Cast", [stored], [f"{name}.wide"], to=onnx.TensorProto.FLOAT))
+            widening.append(make_node("Mul", [f"{name}.wide", f"{name}.scale"], [name]))
+    graph.initializer.extend(scales)
+    nodes = [*widening, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
 

@@ -1,10 +1,12 @@
-"""Where each image decoder comes from and what it is: the decoder halves of pretrained VAEs as torch modules.
+"""Where each autoencoder comes from and what it is: the halves of pretrained VAEs as torch modules.
 
 Takes the name of an autoencoder (clric_decoder/models.py) and finds its weights locally or on the Hugging
 Face hub; gives a DecoderSource. Whatever the VAE's own conventions, its module has the contract of every
 ONNX decoder:
 
     latent [N, C, h, w] float32, scaled as the codec's  ->  image [N, 3, 8h, 8w] float32, RGB in [0, 1]
+
+The encoder half, which is a teacher's in distillation, has the contract the other way round.
 """
 
 import os
@@ -18,14 +20,16 @@ import torch
 from clric_decoder.errors import ModelError, brief
 from clric_decoder.models import (
     DIFFUSERS_FILES,
+    ENCODER_SHAPES,
     LATENT_SPACES,
     Autoencoder,
+    Half,
     find_autoencoder,
     find_weights,
     missing_weights,
 )
 from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.autoencoders.vae import DecoderTiny
+from diffusers.models.autoencoders.vae import DecoderTiny, EncoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -56,10 +60,12 @@ def load_decoder(name: str, models: str | os.PathLike[str] | None = None) -> Dec
     in the cache of the Hugging Face hub, then on the hub. Raises ModelError for missing or damaged ones.
     """
     autoencoder = find_autoencoder(name)
-    path = find_weights(autoencoder, "decoder", models) or _hub_folder(autoencoder, models)
+    if autoencoder.kind == "lite":
+        raise ModelError(f"the decoder of {autoencoder.name} comes with clric as ONNX: there is nothing to export")
+    path = _find(autoencoder, "decoder", models)
     halo: int | None
     if autoencoder.kind == "tiny":
-        layers = _load_tiny(autoencoder, path)
+        layers = _load_tiny(autoencoder, "decoder", path)
         module: nn.Module = TinyDecoder(layers)
         halo = receptive_halo(layers)
     else:
@@ -75,6 +81,34 @@ def load_decoder(name: str, models: str | os.PathLike[str] | None = None) -> Dec
         autoencoder.source,
         module.eval(),
     )
+
+
+def load_encoder(name: str, models: str | os.PathLike[str] | None = None) -> nn.Module:
+    """The encoder of the autoencoder of this name or alias: image [N, 3, 8h, 8w] in [0, 1] -> latent [N, C, h, w].
+
+    Float32 on the CPU, in eval mode; weights and errors as `load_decoder`'s.
+    """
+    autoencoder = find_autoencoder(name)
+    if autoencoder.kind == "lite":
+        raise ModelError(f"{autoencoder.name} is what distillation makes: name another autoencoder to learn from")
+    path = _find(autoencoder, "encoder", models)
+    if autoencoder.kind == "tiny":
+        return _load_tiny(autoencoder, "encoder", path).eval()
+    vae = _load_diffusers(AutoencoderKL, autoencoder, path)
+    return KLEncoder(vae, autoencoder.scaling, autoencoder.shift).eval()
+
+
+class KLEncoder(nn.Module):
+    """The encoder of an AutoencoderKL, which takes [-1, 1]: its posterior's mean, scaled."""
+
+    def __init__(self, vae: Any, scaling: float, shift: float) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling = scaling
+        self.shift = shift
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (self.vae.encode(image * 2 - 1).latent_dist.mean - self.shift) * self.scaling
 
 
 class TinyDecoder(nn.Module):
@@ -133,39 +167,51 @@ def receptive_halo(layers: nn.Sequential) -> int | None:
     for layer in reversed(list(layers)):
         if any(isinstance(module, nn.GroupNorm) for module in layer.modules()):
             return None
-        if isinstance(layer, nn.Upsample):
+        if isinstance(layer, nn.Upsample | nn.PixelShuffle):
             first, last = first // 2, last // 2
         reach = sum(module.kernel_size[0] // 2 for module in layer.modules() if isinstance(module, nn.Conv2d))
         first, last = first - reach, last + reach
     return max(-first, last)
 
 
-def _load_tiny(autoencoder: Autoencoder, path: Path) -> nn.Sequential:
-    """The decoder's layers behind the clamp, [N, C, h, w] -> [N, 3, 8h, 8w] in about [0, 1], float32."""
+def _load_tiny(autoencoder: Autoencoder, half: Half, path: Path) -> nn.Sequential:
+    """One half's layers, float32: [N, 3, 8h, 8w] -> [N, C, h, w], or back from behind the clamp; images in [0, 1]."""
     if path.is_dir():
-        return _load_diffusers(AutoencoderTiny, autoencoder, path).decoder.layers
+        vae = _load_diffusers(AutoencoderTiny, autoencoder, path)
+        return getattr(vae, half).layers
     channels = LATENT_SPACES[autoencoder.space].channels
-    layers = DecoderTiny(channels, 3, (3, 3, 3, 1), (64, 64, 64, 64), 2, "relu", "nearest").layers
-    # The family's own files count the clamp as layer 0, diffusers does not.
-    state = {}
-    for key, tensor in _read_weights(path).items():
-        number, _, rest = key.partition(".")
-        state[f"{int(number) - 1 if number.isdigit() else number}.{rest}"] = tensor
+    state = _read_weights(path)
+    if half == "encoder":
+        blocks, width = ENCODER_SHAPES[autoencoder.kind]
+        layers = EncoderTiny(3, channels, blocks, (width,) * len(blocks), "relu").layers
+    else:
+        layers = DecoderTiny(channels, 3, (3, 3, 3, 1), (64, 64, 64, 64), 2, "relu", "nearest").layers
+        state = {_without_clamp(key): tensor for key, tensor in state.items()}
     for index in range(len(layers)):
         if f"{index}.pool.0.weight" in state:
             layers[index] = PooledBlock(64)
     try:
         layers.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} holds no decoder of {autoencoder.name}: {brief(error)}") from error
+        raise ModelError(f"{path} holds no {half} of {autoencoder.name}: {brief(error)}") from error
     return layers
 
 
-def _hub_folder(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> Path:
+def _without_clamp(key: str) -> str:
+    """The family's own decoder files count the clamp as layer 0, diffusers does not."""
+    number, _, rest = key.partition(".")
+    return f"{int(number) - 1 if number.isdigit() else number}.{rest}"
+
+
+def _find(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None) -> Path:
+    return find_weights(autoencoder, half, models) or _hub_folder(autoencoder, half, models)
+
+
+def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None) -> Path:
     """The folder in diffusers layout from the hub's cache, or else from the hub; ModelError without."""
     repo, subfolder = autoencoder.hub_repo, autoencoder.hub_subfolder
     if repo is None:
-        raise missing_weights(autoencoder, "decoder", models, None)
+        raise missing_weights(autoencoder, half, models, None)
     get = partial(hf_hub_download, repo, subfolder=subfolder)
     try:
         paths = [get(file, local_files_only=True) for file in DIFFUSERS_FILES]
@@ -173,9 +219,9 @@ def _hub_folder(autoencoder: Autoencoder, models: str | os.PathLike[str] | None)
         try:
             paths = [get(file) for file in DIFFUSERS_FILES]
         except LocalEntryNotFoundError as error:
-            raise missing_weights(autoencoder, "decoder", models, "which cannot be reached") from error
+            raise missing_weights(autoencoder, half, models, "which cannot be reached") from error
         except OSError as error:  # no such repository, no permission, no space left
-            raise missing_weights(autoencoder, "decoder", models, brief(error)) from error
+            raise missing_weights(autoencoder, half, models, brief(error)) from error
     return Path(paths[0]).parent
 
 

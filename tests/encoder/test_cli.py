@@ -13,22 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from clric_decoder import decode_latent, read_header
 from PIL import Image
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options that name a folder with an autoencoder of taesd's layout and random weights: no download."""
-    from diffusers import AutoencoderTiny
-
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    AutoencoderTiny().save_pretrained(folder / "taesd")
-    return ["--models", str(folder)]
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +39,10 @@ def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *pa
     assert all(part in message for part in parts), message
 
 
-def test_one_pixel_through_pipes(run: Run, weights: list[str]) -> None:
+def test_one_pixel_through_pipes(run: Run) -> None:
     photo = io.BytesIO()
     Image.new("RGB", (1, 1), "teal").save(photo, "png")
-    result = run("clric-enc", "-", *weights, input=photo.getvalue())
+    result = run("clric-enc", "-", input=photo.getvalue())
     assert result.returncode == 0, result.stderr
     header = read_header(result.stdout)
     assert (header.width, header.height, header.space) == (1, 1, "sd1")
@@ -63,10 +51,10 @@ def test_one_pixel_through_pipes(run: Run, weights: list[str]) -> None:
     assert result.stderr.count(b"\n") == 1
 
 
-def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_path: Path, weights: list[str]) -> None:
+def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("just some text\n")
     write_photo(tmp_path / "photo.png")
-    result = run("clric-enc", "text.png", "photo.png", "--json", "--quality", "20", *weights)
+    result = run("clric-enc", "text.png", "photo.png", "--json", "--quality", "20")
     assert_one_line(result, 1, "text.png: not an image")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["photo.clric", "photo.png", "text.png"]
     facts = json.loads(result.stdout)
@@ -84,13 +72,13 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path, weights: list[str]) -> None:
+def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path) -> None:
     photo = write_photo(tmp_path / "photo.png", 64, 64)
     terminal, side = pty.openpty()
     command = Path(sys.executable).with_name("clric-enc")
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
     process = subprocess.Popen(
-        [command, photo, *weights], stdin=side, stdout=side, stderr=side, env=environment, preexec_fn=hear_interrupts
+        [command, photo], stdin=side, stdout=side, stderr=side, env=environment, preexec_fn=hear_interrupts
     )
     os.close(side)
     seen = b""
@@ -139,11 +127,11 @@ def bad_images(folder: Path) -> dict[str, str]:
     }
 
 
-def test_bad_images(run: Run, tmp_path: Path, weights: list[str]) -> None:
+def test_bad_images(run: Run, tmp_path: Path) -> None:
     for name, reason in bad_images(tmp_path).items():
-        assert_one_line(run("clric-enc", name, *weights), 1, f"clric-enc: {name}: ", reason)
+        assert_one_line(run("clric-enc", name), 1, f"clric-enc: {name}: ", reason)
     assert not list(tmp_path.rglob("*.clric*"))
-    assert_one_line(run("clric-enc", "-", "-o", "x.clric", *weights, input=b"text"), 1, "-: not an image")
+    assert_one_line(run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: not an image")
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
@@ -168,18 +156,16 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
 
 def test_missing_weights_and_unknown_autoencoder(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png")
-    assert_one_line(run("clric-enc", "photo.png"), 1, "photo.png: ", "taesd")
+    assert_one_line(run("clric-enc", "photo.png", "--vae", "taesd"), 1, "photo.png: ", "taesd_encoder.safetensors")
     assert_one_line(run("clric-enc", "photo.png", "--vae", "nonsense"), 1, "photo.png: ", "nonsense")
     assert_one_line(run("clric-enc", "photo.png", "--models", "gone"), 1, "gone")
 
 
-def test_outputs_that_cannot_be_written_are_said_before_the_training(
-    run: Run, tmp_path: Path, weights: list[str]
-) -> None:
+def test_outputs_that_cannot_be_written_are_said_before_the_training(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png")
-    result = run("clric-enc", "photo.png", "-o", "gone/x.clric", *weights, timeout=20)
+    result = run("clric-enc", "photo.png", "-o", "gone/x.clric", timeout=20)
     assert_one_line(result, 1, "gone/x.clric: cannot be written (No such file or directory)")
-    result = run("clric-enc", "photo.png", "-o", "photo.png/x.clric", *weights, timeout=20)
+    result = run("clric-enc", "photo.png", "-o", "photo.png/x.clric", timeout=20)
     assert_one_line(result, 1, "photo.png/x.clric: cannot be written (Not a directory)")
 
 
@@ -212,9 +198,9 @@ def test_torch_that_fails_is_one_line_for_each_image(tmp_path: Path, module: str
     assert all(reason in line for line in lines)
 
 
-def test_full_disk(run: Run, tmp_path: Path, weights: list[str]) -> None:
+def test_full_disk(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png", 8, 8)
-    result = run("clric-enc", "photo.png", "-o", "/dev/full", *weights)
+    result = run("clric-enc", "photo.png", "-o", "/dev/full")
     assert_one_line(result, 1, "photo.png: /dev/full: cannot be written (No space left on device)")
 
 

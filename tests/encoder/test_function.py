@@ -10,9 +10,13 @@ from clric_decoder.context import build_arms, predict
 from clric_decoder.entropy import ideal_bits
 from clric_decoder.networks import Parameters, parameter_groups
 from clric_decoder.synthesis import synthesize as decode
-from clric_encoder.function import grid_bits, laplace_bits, synthesize
+from clric_encoder.canvas import Canvas
+from clric_encoder.function import Packing, grid_bits, synthesize
 from clric_encoder.parameters import as_networks
+from clric_encoder.quantizer import soft_round_with_noise
 from conformance import make_vectors
+
+from encoder import plain_function
 
 ARCHITECTURES = {case.name: case.architecture for case in make_vectors.CASES if case.space == "sd1"}
 NAMES = (
@@ -39,12 +43,19 @@ def random_function(architecture, height, width) -> tuple[list[np.ndarray], list
     return [np.rint(rng.laplace(size=shape)).astype(np.int32) for shape in shapes], networks
 
 
+CPU = torch.device("cpu")
+
+
+def batched(grids: list[np.ndarray]) -> list[torch.Tensor]:
+    return [torch.from_numpy(grid)[None].float() for grid in grids]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_latent_is_the_decoders(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 13, 22)
-    tensors = [torch.from_numpy(grid).float() for grid in grids]
-    ours = synthesize(tensors, as_networks(networks, torch.device("cpu")), architecture).numpy()
+    layout = Canvas(architecture, 13, 22, CPU)
+    ours = synthesize(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout)[0].numpy()
     np.testing.assert_allclose(ours, decode(grids, networks, architecture), atol=1e-4, rtol=1e-4)
 
 
@@ -52,27 +63,78 @@ def test_latent_is_the_decoders(name) -> None:
 def test_bits_are_those_of_the_integer_model(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 40, 56)
-    tensors = [torch.from_numpy(grid).float() for grid in grids]
-    trained = grid_bits(tensors, as_networks(networks, torch.device("cpu")), architecture).item()
+    layout = Canvas(architecture, 40, 56, CPU)
+    trained = grid_bits(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout).item()
     coded = 0.0
     for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
         coded += ideal_bits(*predict(grid, arm, architecture, coarser)).sum()
     assert coded == pytest.approx(trained, rel=0.01)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "arm-coarser-only"])
+def test_a_batch_is_what_plain_functions_are_one_by_one(name) -> None:
+    """Values and gradients, of unrounded grids and networks that differ within the batch."""
+    architecture = ARCHITECTURES[name]
+    if name == "arm-earlier":
+        architecture = replace(architecture, two_arms=True, grid_scales=True)
+    size = 21, 34
+    torch.manual_seed(0)
+    layout, packing = Canvas(architecture, *size, CPU), Packing(architecture, CPU)
+    grids = [3 * torch.randn(2, *shape) for shape in layout.shapes]
+    grids[0].view(-1)[:5] = 70  # beyond what the ARM sees
+    canvas = layout.join(grids).requires_grad_()
+    vectors = (packing.defaults + 0.1 * torch.randn(2, len(packing.defaults))).requires_grad_()
+    networks = packing.split(vectors)
+    bits = grid_bits(canvas, networks, architecture, layout)
+    latents = synthesize(canvas, networks, architecture, layout)
+    estimates = packing.bits(vectors)
+    (bits / 1000 + latents.square().mean((1, 2, 3)) + estimates / 1000).sum().backward()
+    got = layout.split(canvas.grad)
+
+    for i in range(2):
+        own = [grid[i].clone().requires_grad_() for grid in grids]
+        values = {key: value[i].detach().clone().requires_grad_() for key, value in networks.items()}
+        defaults = {key: value[0] for key, value in packing.split(packing.defaults[None]).items()}
+        plain_bits = plain_function.grid_bits(own, values, architecture)
+        plain_latent = plain_function.synthesize(own, values, architecture)
+        plain_estimate = plain_function.network_bits(values, defaults)
+        (plain_bits / 1000 + plain_latent.square().mean() + plain_estimate / 1000).backward()
+        torch.testing.assert_close(bits[i], plain_bits, rtol=1e-4, atol=0)
+        torch.testing.assert_close(latents[i], plain_latent, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(estimates[i], plain_estimate, rtol=1e-4, atol=0)
+        for grid, plain in zip(got, own, strict=True):
+            if plain.numel():
+                torch.testing.assert_close(grid[i], plain.grad, rtol=1e-3, atol=1e-5)
+        for key, gradient in packing.split(vectors.grad).items():
+            if values[key].numel():
+                torch.testing.assert_close(gradient[i], values[key].grad, rtol=2e-3, atol=1e-4)
+
+
+def test_soft_rounding_and_its_gradient() -> None:
+    values = torch.linspace(-3.3, 3.4, 200, requires_grad=True)
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        floor = x.floor()
+        return floor + 0.5 + torch.tanh((x - floor - 0.5) / 0.2) * (0.5 / np.tanh(0.5 / 0.2))
+
+    expected = step(step(values) + 0.15 * noise)
+    (slope,) = torch.autograd.grad(expected.sum(), values)
+    rounded = soft_round_with_noise(values, noise, 0.2, 0.15)
+    (own_slope,) = torch.autograd.grad(rounded.sum(), values)
+    torch.testing.assert_close(rounded, expected)
+    torch.testing.assert_close(own_slope, slope, rtol=1e-3, atol=1e-4)
+
+
 def test_laplace_bits_by_hand() -> None:
+    """Through the function: one grid value, an ARM without weights, whose bias is the scale."""
+    architecture = replace(
+        ARCHITECTURES["size-7x5"], channels=(1,), neighbours=0, earlier=0, coarser=0, hidden_layers=0, grid_scales=False
+    )
+    layout, packing = Canvas(architecture, 1, 1, CPU), Packing(architecture, CPU)
     # b = 1: P(0) = 1 - e^-1/2, P(2) = (e^-3/2 - e^-5/2) / 2
-    bits = laplace_bits(torch.tensor([0.0, 2.0, -2.0, 500.0]), torch.zeros(4))
     expected = [-np.log2(1 - np.exp(-0.5)), *[-np.log2((np.exp(-1.5) - np.exp(-2.5)) / 2)] * 2, 16]
-    np.testing.assert_allclose(bits.numpy(), expected, rtol=1e-5)
-
-
-def test_gradients_reach_every_grid_and_parameter() -> None:
-    architecture = replace(ARCHITECTURES["arm-earlier"], two_arms=True)
-    grids, networks = random_function(architecture, 13, 22)
-    tensors = [torch.from_numpy(grid).float().requires_grad_() for grid in grids]
-    values = {name: v.requires_grad_() for name, v in as_networks(networks, torch.device("cpu")).items()}
-    loss = grid_bits(tensors, values, architecture) + synthesize(tensors, values, architecture).square().sum()
-    loss.backward()
-    for tensor in (*tensors, *values.values()):
-        assert not tensor.numel() or tensor.grad.abs().sum() > 0
+    for value, bits in zip([0.0, 2.0, -2.0, 500.0], expected, strict=True):
+        canvas = layout.join([torch.full((1, 1, 1, 1), value)])
+        got = grid_bits(canvas, packing.split(packing.defaults[None]), architecture, layout)
+        assert got.item() == pytest.approx(bits, rel=1e-5)

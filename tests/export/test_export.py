@@ -223,13 +223,19 @@ def test_parity_notices_another_decoder(shared: Path, tmp_path: Path) -> None:
 def test_unknown_names_and_unwritable_folders_are_one_line(shared: Path, tmp_path: Path) -> None:
     result = invoke(["taesd4", "-o", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; name one of sd14")
+    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; name one of lite, sd14")
     (tmp_path / "file").touch()
     arguments = ["taesd", "-o", str(tmp_path / "file" / "folder"), "--models", str(shared / "models")]
     result = invoke(arguments)
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
     assert result.output.startswith(f"clric-export: taesd: {tmp_path / 'file' / 'folder'}: cannot be written (")
+
+
+def test_the_lite_decoder_needs_no_export(tmp_path: Path) -> None:
+    result = invoke(["lite", "-o", str(tmp_path)])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "comes with clric as ONNX" in result.output
 
 
 def test_a_failing_exporter_is_one_line(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,197 @@
+"""The command clric-bench: images -> results.csv, summary.md and report.html.
+
+Imports are made where they are needed, so that ``--help`` and mistakes on the command line answer at once.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from clric_decoder.errors import ClricError, one_line
+from clric_decoder.terminal import print_error, run_command
+
+from ..presets import PRESETS
+from .codecs import CODECS, make_codecs
+from .measure import list_images
+
+if TYPE_CHECKING:
+    from .measure import Task
+    from .results import Row
+    from .run import Watcher
+
+NAME = "clric-bench"
+
+DEFAULT_LAMBDAS = (4.0, 1.5, 0.5, 0.15, 0.04)
+MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
+
+_Folder = click.Path(file_okay=False, path_type=Path)
+_output = click.option("-o", "--output", type=_Folder, default=Path("results"), show_default=True, help="Folder.")
+
+
+@click.group()
+def command() -> None:
+    """Measure clric side by side with other codecs, on images of yours."""
+
+
+@command.command("run")
+@click.argument("images", metavar="IMAGES...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@_output
+@click.option(
+    "--codec",
+    "names",
+    type=click.Choice(CODECS),
+    multiple=True,
+    metavar="NAME",
+    help=f"Of {', '.join(CODECS)}; again for several.  [default: all]",
+)
+@click.option("--vae", "vaes", metavar="NAME", multiple=True, default=("lite",), show_default=True, help="Of clric.")
+@click.option(
+    "--preset", "presets", type=click.Choice(list(PRESETS)), multiple=True, default=("default",), help="Of clric."
+)
+@click.option(
+    "--lambda", "lambdas", type=float, multiple=True, default=DEFAULT_LAMBDAS, show_default=True, help="Of clric."
+)
+@click.option("--models", type=_Folder, help="Folder in which to look for VAEs first.")
+@click.option(
+    "--metrics",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of weights of LPIPS and FID.",
+)
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes, of one thread each.")
+def run_bench(
+    images: tuple[Path, ...],
+    output: Path,
+    names: tuple[str, ...],
+    vaes: tuple[str, ...],
+    presets: tuple[str, ...],
+    lambdas: tuple[float, ...],
+    models: Path | None,
+    metrics: Path | None,
+    jobs: int,
+) -> int:
+    """Measure IMAGES (files, or folders of them) and report.
+
+    What the output folder holds already is not measured again: a run that was stopped goes on where it was.
+    """
+    for lmbda in lambdas:
+        if not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:  # not click.FloatRange, which takes nan
+            raise click.UsageError(f"--lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+
+    def work() -> bool:
+        found = list_images(images)
+        with _libraries():
+            codecs = make_codecs(names or CODECS, vaes, presets, lambdas, str(models) if models else None)
+            from .report import write_report
+            from .run import find_metrics, run
+        failures: list[tuple[str, str]] = []
+        with _progress(failures) as watcher:
+            fine = run(found, codecs, output, find_metrics(metrics), jobs, watcher)
+        for what, why in failures:
+            print_error(NAME, why, what)
+        write_report(output)
+        click.echo(output / "report.html")
+        return fine
+
+    return _attempt(work)
+
+
+@command.command("report")
+@_output
+def report(output: Path) -> int:
+    """Write summary.md, report.html and the pictures again, from what the output folder holds."""
+
+    def work() -> bool:
+        with _libraries():
+            from .report import write_report
+        write_report(output)
+        click.echo(output / "report.html")
+        return True
+
+    return _attempt(work)
+
+
+def _attempt(work: Callable[[], bool]) -> int:
+    try:
+        return 0 if work() else 1
+    except ClricError as error:
+        print_error(NAME, str(error))
+        return 1
+    except OSError as error:  # of a crop or a plot on a full disk
+        print_error(NAME, f"{error.filename or 'output'}: {error.strerror or one_line(error)}")
+        return 1
+
+
+@contextlib.contextmanager
+def _libraries() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ClricError(f"{error.name} is not installed; run: pip install 'clric[bench]'") from error
+
+
+@contextlib.contextmanager
+def _progress(failures: list[tuple[str, str]]) -> "Iterator[Watcher]":
+    """A bar on a terminal, or else a line for each row, on standard error. Failures are collected for the end."""
+    import rich.progress
+    from rich.console import Console
+    from rich.markup import escape
+
+    from .run import Watcher
+
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.fields[rows]}"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    live = sys.stderr is not None and sys.stderr.isatty()
+    bar = rich.progress.Progress(
+        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=600, disable=not live
+    )
+    counts = {"done": 0, "of": 0}
+    current: list[Task] = []
+    with bar:
+        task_id = bar.add_task("", total=None, rows="")
+
+        def show() -> None:
+            text = f"{current[0].photo.name}  {current[0].codec.name}, {current[0].setting}" if current else ""
+            bar.update(task_id, description=escape(text), rows=f"{counts['done']}/{counts['of']}")
+
+        def total(rows: int, seconds: float) -> None:
+            counts["of"] = rows
+            bar.update(task_id, total=seconds)
+            show()
+
+        def started(task: "Task") -> None:
+            current.append(task)
+            show()
+
+        def done(task: "Task", seconds: float, row: "Row | None") -> None:
+            counts["done"] += 1
+            current.remove(task)
+            bar.advance(task_id, seconds)
+            show()
+            if row and not live and sys.stderr is not None:
+                rate = f"{float(row['bpp']):.4f} bpp, " if row["bpp"] else ""
+                print(
+                    f"{counts['done']}/{counts['of']} {task.photo.name}  {task.codec.name}, {task.setting}: "
+                    f"{rate}{float(row['psnr']):.2f} dB, {float(row['encode_s']):.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        yield Watcher(
+            total,
+            started,
+            done,
+            failed=lambda what, why: failures.append((what, why)),
+            warned=lambda message: print_error(NAME, message),  # before the bar begins to move
+        )
+
+
+def main() -> None:
+    """Entry point of clric-bench."""
+    sys.exit(run_command(command, NAME))

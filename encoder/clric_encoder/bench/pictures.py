@@ -1,0 +1,128 @@
+"""What the report shows besides tables: plots of quality over rate, and sheets of crops."""
+
+import csv
+import io
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import matplotlib
+from clric_decoder.files import write_output
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from .compare import Mean, codecs, is_ceiling, is_clric
+from .measure import CROP
+from .results import Row
+
+LABELS = {
+    "psnr": "PSNR, dB (higher is better)",
+    "ssim": "SSIM (higher is better)",
+    "ms_ssim": "MS-SSIM (higher is better)",
+    "lpips_alex": "LPIPS, AlexNet (lower is better)",
+    "lpips_vgg": "LPIPS, VGG (lower is better)",
+    "lpips_squeeze": "LPIPS, SqueezeNet (lower is better)",
+}
+
+# clric's curves are warm and bold; the others are not.
+_CLRIC_COLOURS = ("#d62728", "#ff7f0e", "#8c1a6a", "#b8860b", "#e377c2", "#7f0000")
+_OTHER_COLOURS = ("#1f5fa8", "#2a9d5c", "#17a2b8", "#6b7280", "#4b3fa7", "#0b7a75", "#8a9a5b", "#3d5a80", "#9aa5b1")
+
+# Rates that the plots show: a published curve goes on beyond.
+_RATES = (0.02, 2.0)
+
+
+def published(measure: str) -> dict[str, list[tuple[float, float]]]:
+    """Published curves (bpp, value) of Kodak's 24 images by codec, from published.csv; none for most measures."""
+    text = files(__package__).joinpath("published.csv").read_text()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        if row.get(measure):
+            curves.setdefault(row["codec"], []).append((float(row["bpp"]), float(row[measure])))
+    return curves
+
+
+def plot(rows: Sequence[Row], points: Sequence[Mean], measure: str, folder: Path, with_published: bool) -> bytes:
+    """Writes plots/MEASURE.png and .svg: the mean measure over the mean rate of each setting. Returns the SVG.
+
+    A VAE's ceiling is a dashed line, a published curve thin and grey.
+    """
+    colours = _colours(rows)
+    figure = Figure(figsize=(11.5, 6), layout="constrained")
+    axes = figure.subplots()
+    markers = iter("ov^<>sPX*dDhp" * 2)
+    for name, curve in published(measure).items() if with_published else ():
+        axes.plot(
+            *zip(*curve, strict=True), color="#b0b0b0", lw=0.9, ms=4, marker=next(markers), label=f"{name} (published)"
+        )
+    ceilings = {row["codec"] for row in rows if is_ceiling(row)}
+    clric = {row["codec"] for row in rows if is_clric(row)}
+    for name in codecs(rows):
+        mine = [mean for mean in points if mean.codec == name and measure in mean.values]
+        values = [mean.values[measure] for mean in mine]
+        if name in ceilings and mine:
+            axes.axhline(values[0], color=colours[name], lw=1.2, ls="--", label=f"{name} (latent not coded)")
+        elif mine:
+            rates = [mean.values["bpp"] for mean in mine]
+            bold = name in clric
+            (line,) = axes.plot(rates, values, "o-", color=colours[name], label=name, zorder=3 if bold else 2)
+            line.set(linewidth=2.4 if bold else 1.4, markersize=6 if bold else 4)
+    axes.set(xscale="log", xlim=_RATES, xlabel="bits per pixel of the file (log scale)", ylabel=LABELS[measure])
+    ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
+    for kind in ("png", "svg"):
+        file = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "clric"}):  # the same rows give the same file
+            figure.savefig(file, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+        (folder / "plots").mkdir(exist_ok=True)
+        write_output(folder / "plots" / f"{measure}.{kind}", file.getvalue())
+    return file.getvalue()
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for each codec; a VAE's ceiling has that of its first curve."""
+    warm, cool = iter(_CLRIC_COLOURS * 9), iter(_OTHER_COLOURS * 9)
+    clric = {row["codec"] for row in rows if is_clric(row)}
+    ceilings = {row["codec"] for row in rows if is_ceiling(row)}
+    colours: dict[str, str] = {}
+    for name in codecs(rows):
+        if name in clric:
+            colours[name] = next(warm)
+        elif name in ceilings:
+            vae = name.removesuffix(" ceiling")
+            same = [colour for other, colour in colours.items() if other.split()[1:2] == [vae]]
+            colours[name] = same[0] if same else next(warm)
+        else:
+            colours[name] = next(cool)
+    return colours
+
+
+# --- Crops ----------------------------------------------------------------------------------------------------------
+
+_COLUMNS, _GAP, _TEXT = 4, 8, 52
+
+
+def sheet(cells: Sequence[tuple[Path, str, str]], place: Path) -> bytes:
+    """Writes a PNG of crops, all of one size, `_COLUMNS` in a row, each over two lines of text. Returns its bytes.
+
+    cells: path, first line, second line of each.
+    """
+    with Image.open(cells[0][0]) as first:
+        width, height = first.size
+    width, height = max(width, CROP), height + _TEXT  # a narrow crop's text needs its room all the same
+    rows, columns = -(-len(cells) // _COLUMNS), min(len(cells), _COLUMNS)
+    canvas = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (path, title, text) in enumerate(cells):
+        left, top = number % _COLUMNS * (width + _GAP), number // _COLUMNS * height
+        with Image.open(path) as crop:
+            canvas.paste(crop, (left, top))
+        draw.text((left, top + height - _TEXT + 3), title, "black", ImageFont.load_default(17))
+        draw.text((left, top + height - _TEXT + 23), text, "#444444", ImageFont.load_default(15))
+    file = io.BytesIO()
+    canvas.save(file, "png", optimize=True)
+    write_output(place, file.getvalue())
+    return file.getvalue()

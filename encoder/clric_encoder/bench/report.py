@@ -1,0 +1,451 @@
+"""summary.md and report.html from results.csv, run.json and the crops beside them: nothing is measured here.
+
+The tables are made once and written twice. The page holds its pictures in itself, and refers to nothing outside.
+"""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from clric_decoder.bitstream import Header
+from clric_decoder.errors import ClricError
+from clric_decoder.files import write_output
+from clric_decoder.networks import mac_per_pixel
+
+from ..presets import PRESETS
+from . import pictures
+from .compare import (
+    MIN_OVERLAP,
+    Mean,
+    bd_rate,
+    codecs,
+    is_ceiling,
+    is_clric,
+    latest,
+    lpips_column,
+    means,
+    nearest,
+)
+from .fid import FID_PATCH, frechet_distance
+from .measure import CROP, Photo
+from .results import Row, read_rows
+
+_DASH = "–"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves in run.json: what is true of all its rows, and what did not become one.
+
+    machine: lines for people. photos: all that were read. unavailable: codec -> why it could not run.
+    missing: measure -> why it could not be taken. failures: "image: what: why" of each.
+    """
+
+    machine: list[str]
+    photos: list[Photo]
+    unavailable: dict[str, str]
+    missing: dict[str, str]
+    failures: list[str]
+
+    def write(self, folder: Path) -> None:
+        write_output(folder / "run.json", json.dumps(asdict(self), indent=1).encode() + b"\n")
+
+    @staticmethod
+    def read(folder: Path) -> "Run":
+        """Raises ClricError where there is none."""
+        try:
+            fields = json.loads((folder / "run.json").read_bytes())
+            return Run(**{**fields, "photos": [Photo(**photo) for photo in fields["photos"]]})
+        except OSError as error:
+            raise ClricError(
+                f"{folder / 'run.json'}: {error.strerror}; is it the output of clric-bench run?"
+            ) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ClricError(f"{folder / 'run.json'}: damaged; run clric-bench run again") from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, with a line under its title that says what it shows. The first two columns are text."""
+
+    title: str
+    about: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the page: data of a media type."""
+
+    title: str
+    about: str
+    kind: str
+    data: bytes
+
+
+def write_report(folder: Path) -> None:
+    """Writes summary.md, report.html, plots/ and the sheets of crops into the folder of a run. Raises ClricError."""
+    run, rows = Run.read(folder), latest(read_rows(folder))
+    if not rows:
+        raise ClricError(f"{folder / 'results.csv'}: holds no results to report")
+    points = means(rows)
+    lpips = lpips_column(rows)
+    kodak = all(p.name.startswith("kodim") and {p.width, p.height} == {768, 512} for p in run.photos)
+    tables = [
+        _compared(rows, run),
+        _bd_rates(rows, lpips),
+        _means(points),
+        _ceilings(points, lpips),
+        _shares(points),
+        _costs(rows, points),
+        _paper_table(),
+        _fid(rows, points, folder, run),
+    ]
+    text = [*_introduction(rows, run), *(_markdown(table) for table in tables if table.rows)]
+    text.append("## How it was measured\n\n" + "\n".join(f"- {line}" for line in _protocol(rows)))
+    text += ["## What failed\n\n" + "\n".join(f"- {line}" for line in run.failures)] if run.failures else []
+    write_output(folder / "summary.md", ("\n\n".join(text) + "\n").encode())
+
+    measures = [measure for measure in (lpips, "ms_ssim", "psnr", "ssim") if measure]
+    plots = []
+    for measure in measures:
+        if any(measure in point.values for point in points):
+            has_published = kodak and bool(pictures.published(measure))
+            about = "Means over the images, of rate and of quality, at each setting."
+            if has_published:
+                about += (
+                    " Grey: published for all 24 images of Kodak, not measured here (published.csv has the sources)."
+                )
+            svg = pictures.plot(rows, points, measure, folder, has_published)
+            plots.append(Picture(pictures.LABELS[measure].split(" (")[0], about, "svg+xml", svg))
+    crops = [_sheet(rows, photo, lpips, folder) for photo in run.photos]
+    strip = [_strip(rows, photo, lpips, folder) for photo in run.photos][:1]
+    blocks = [
+        *("<p>" + html.escape(line) + "</p>" for line in _introduction(rows, run)[1:]),
+        *(_html(item) for item in (tables[0], *plots, tables[1], *crops, *strip, *tables[2:]) if item),
+        "<h2>How it was measured</h2><ul>"
+        + "".join(f"<li>{html.escape(line)}</li>" for line in _protocol(rows))
+        + "</ul>",
+    ]
+    if run.failures:
+        blocks.append(
+            "<h2>What failed</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in run.failures) + "</ul>"
+        )
+    page = _PAGE.replace("BODY", "\n".join(block for block in blocks if block))
+    write_output(folder / "report.html", page.encode())
+
+
+# --- Tables ---------------------------------------------------------------------------------------------------------
+
+
+def _introduction(rows: Sequence[Row], run: Run) -> list[str]:
+    names = sorted({row["image"] for row in rows})
+    sizes = sorted({f"{row['width']} x {row['height']}" for row in rows})
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return [
+        "# clric-bench",
+        f"{len(rows)} results on {len(names)} image{'s' * (len(names) > 1)} ({', '.join(sizes[:6])}"
+        f"{', ...' * (len(sizes) > 6)} pixels): {shown}.",
+        f"Machine: {'; '.join(run.machine)}.",
+    ]
+
+
+def _compared(rows: Sequence[Row], run: Run) -> Table:
+    versions = {row["codec"]: row["version"] for row in rows}
+    lines: list[tuple[str, ...]] = [(name, "measured", versions[name]) for name in codecs(rows)]
+    lines += [(name, "not measured", why) for name, why in run.unavailable.items() if name not in versions]
+    lines += [(name, "not measured", why) for name, why in run.missing.items()]
+    return Table("What was compared", "Version and options of each, or why it is missing.", ("", "", ""), lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _DASH if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _bd_rates(rows: Sequence[Row], lpips: str | None) -> Table:
+    measures = [measure for measure in (lpips, "ms_ssim", "psnr") if measure]
+    by_codec = {name: [row for row in rows if row["codec"] == name] for name in codecs(rows)}
+    clric = [name for name, members in by_codec.items() if is_clric(members[0])]
+    lines = []
+    for name in clric:
+        for anchor, members in by_codec.items():
+            if anchor == name or is_ceiling(members[0]):
+                continue
+            cells = []
+            for measure in measures:
+                bd = bd_rate(by_codec[name], members, measure)
+                cells.append(bd.reason if bd.percent is None else f"{bd.percent:+,.0f} % ({bd.images}/{bd.of})")
+            lines.append((name, anchor, *cells))
+    return Table(
+        "BD-rates",
+        "How many percent more rate (less is negative, and better) clric needs for the same quality. In brackets, on "
+        "how many of the images the two curves overlap: the mean is over those.",
+        ("codec", "compared with", *(pictures.LABELS[measure].split(" (")[0] for measure in measures)),
+        lines,
+    )
+
+
+def _means(points: Sequence[Mean]) -> Table:
+    columns: list[tuple[str, str, int]] = [("bytes", "bytes", 0), ("bpp", "bpp", 4), ("psnr", "PSNR", 2)]
+    columns += [("ssim", "SSIM", 4), ("ms_ssim", "MS-SSIM", 4)]
+    columns += [
+        (name, name.replace("lpips_", "LPIPS "), 4)
+        for name in ("lpips_alex", "lpips_vgg", "lpips_squeeze")
+        if any(name in point.values for point in points)
+    ]
+    columns += [("latent_mse", "latent MSE", 4), ("encode_s", "encode, s", 2), ("decode_s", "decode, s", 3)]
+    return Table(
+        "All means",
+        "Over the images, at each setting. Rates are sizes of files.",
+        ("codec", "setting", "images", *(label for _, label, _ in columns)),
+        [
+            (
+                point.codec,
+                point.setting,
+                str(point.images),
+                *(_number(point.values.get(name), digits) for name, _, digits in columns),
+            )
+            for point in points
+        ],
+    )
+
+
+def _ceilings(points: Sequence[Mean], lpips: str | None) -> Table:
+    columns = [("psnr", 2), ("ssim", 4), ("ms_ssim", 4), *([(lpips, 4)] if lpips else [])]
+    return Table(
+        "Ceilings",
+        "Each VAE alone, its latent not coded: what clric comes to with it as the rate grows.",
+        ("VAE", "", "images", *(pictures.LABELS[name].split(" (")[0] for name, _ in columns)),
+        [
+            (
+                point.codec.removesuffix(" ceiling"),
+                point.setting,
+                str(point.images),
+                *(_number(point.values.get(name), digits) for name, digits in columns),
+            )
+            for point in points
+            if "bpp" not in point.values
+        ],
+    )
+
+
+def _shares(points: Sequence[Mean]) -> Table:
+    lines = []
+    for point in points:
+        if "grid_bytes" in point.values:
+            total = point.values["bytes"]
+            parts = [point.values[f"{part}_bytes"] for part in ("grid", "network", "header")]
+            cells = [f"{part:,.0f} ({100 * part / total:.1f} %)" for part in parts]
+            lines.append((point.codec, point.setting, _number(point.values["bpp"], 4), f"{total:,.0f}", *cells))
+    return Table(
+        "Where a stream's bytes go",
+        "Means over the images. The header includes the checksum and all lengths.",
+        ("codec", "setting", "bpp", "bytes", "grids", "networks", "header"),
+        lines,
+    )
+
+
+def _costs(rows: Sequence[Row], points: Sequence[Mean]) -> Table:
+    lines: list[tuple[str, ...]] = []
+    for name in codecs(rows):
+        mine = [row for row in rows if row["codec"] == name]
+        for size in sorted({(int(row["width"]) * int(row["height"]), row["width"], row["height"]) for row in mine}):
+            same = [row for row in mine if int(row["width"]) * int(row["height"]) == size[0]]
+            if (name, f"{size[0] / 1e6:.2f}") in {(line[0], line[1]) for line in lines}:
+                continue  # the same pixels, upright
+            cells = [
+                _number(_mean(same, column), digits)
+                for column, digits in (
+                    ("encode_s", 2), ("decode_s", 3), ("encode_mb", 0), ("decode_mb", 0),
+                    ("function_mac", 2), ("decoder_mac", 0),
+                )
+            ]  # fmt: skip
+            lines.append((name, f"{size[0] / 1e6:.2f}", *cells))
+    return Table(
+        "What it costs",
+        "Means over images and settings. MAC/pixel: multiply-accumulates per image pixel, of the overfitted function "
+        "and of the VAE's decoder.",
+        (
+            "codec", "megapixels", "encode, s", "decode, s", "encode, peak MB", "decode, peak MB",
+            "function, MAC/pixel", "VAE decoder, MAC/pixel",
+        ),
+        lines,
+    )  # fmt: skip
+
+
+def _mean(rows: Iterable[Row], column: str) -> float | None:
+    cells = [float(row[column]) for row in rows if row[column]]
+    return float(np.mean(cells)) if cells else None
+
+
+# Image size (height, width), latent size and MAC/pixel of the paper's Table I.
+_PAPER_TABLE = (((512, 768), (64, 96), 25.9), ((1363, 2048), (170, 256), 25.48))
+
+
+def _paper_table() -> Table:
+    lines = []
+    for (height, width), latent, published in _PAPER_TABLE:
+        cells = []
+        for preset in ("paper", "default"):
+            architecture = PRESETS[preset].architecture(4)
+            levels = (1,) * len(architecture.channels)  # bytes: any that say that no level is empty
+            header = Header(0, width, height, "sd1", 4, architecture, 0, 0, 0, levels, 0)
+            cells.append(_number(sum(mac_per_pixel(header).values()), 2))
+        ours = f"{math.ceil(height / 8)}, {math.ceil(width / 8)}"
+        lines.append((f"{height}, {width}", f"{latent[0]}, {latent[1]}", ours, f"{published:g}", *cells))
+    return Table(
+        "The paper's Table I: MAC/pixel of the overfitted function",
+        "Published beside ours, counted from the architecture with every level in use (4 channels). The paper rounds "
+        "the latent's size down, clric up.",
+        ("image size", "latent, paper", "latent, clric", "the paper (published)", "preset paper", "preset default"),
+        lines,
+    )
+
+
+def _fid(rows: Sequence[Row], points: Sequence[Mean], folder: Path, run: Run) -> Table:
+    lines: list[tuple[str, ...]] = []
+    for point in points:
+        pairs = [
+            (folder / "fid" / f"{row['image_sha256']}.npy", folder / "fid" / f"{row['id']}.npy")
+            for row in rows
+            if (row["codec"], row["setting"]) == (point.codec, point.setting)
+        ]
+        pairs = [pair for pair in pairs if all(path.is_file() for path in pair)]
+        if not pairs:
+            continue
+        originals, decoded = (np.concatenate([np.load(path) for path in paths]) for paths in zip(*pairs, strict=True))
+        if len(decoded) >= 2:
+            cells = _number(point.values.get("bpp"), 4), str(len(decoded))
+            lines.append((point.codec, point.setting, *cells, _number(frechet_distance(originals, decoded), 2)))
+    return Table(
+        f"FID over {FID_PATCH} x {FID_PATCH} patches",
+        f"Patches without overlap (stride {FID_PATCH}) from the top left corner of every image, decoded against "
+        "original. With fewer than some thousand patches FID is biased: compare its values here with each other only.",
+        ("codec", "setting", "bpp", "patches", "FID"),
+        lines,
+    )
+
+
+def _protocol(rows: Sequence[Row]) -> list[str]:
+    return [
+        "Rate: bits of the whole file over image pixels. Each peer runs at a fixed list of qualities, from the lowest "
+        "that it has to about 2 bpp, and is compared by curves (BD-rate) or at its setting of nearest rate (crops). A "
+        "curve of a peer begins at the lowest rate that it has.",
+        "PSNR: of all RGB values of 8 bits. SSIM and MS-SSIM: pytorch-msssim, on RGB, over whole windows of 11 x 11, "
+        "five scales. LPIPS: version 0.1, on the whole image. Latent MSE: between the VAE's latent and the stream's.",
+        "BD-rate: log rate interpolated over the measure by pchip (package bjontegaard), for each image, then the "
+        "arithmetic mean of the percentages over the images. Points that cost more and are no better are left out. "
+        f"'No overlap' where the curves share less than {100 * MIN_OVERLAP:.0f} % of clric's range of the measure: "
+        "nothing is extrapolated. LPIPS is negated.",
+        "Seconds: wall clock of one call, libraries and networks loaded, one thread for torch and the image formats; "
+        "the VAE's decoder runs in onnxruntime on the CPU with as many threads as that takes. Where several jobs ran "
+        "at once they slowed each other down.",
+        "Peak MB: the most memory that a fresh process held that did this and nothing else, Python and its libraries "
+        "included (10^6 bytes, Linux's VmHWM). Taken once for each codec and number of pixels, at the lowest rate.",
+        "MAC/pixel of a VAE's decoder: convolutions and matrix products of the ONNX graph for the whole image at once.",
+        f"Crops: the {CROP} x {CROP} pixels of each image whose brightness varies most, shown pixel by pixel.",
+        *sorted({f"{row['image']}: {row['notes']}." for row in rows if row["notes"]}),
+    ]
+
+
+# --- Crops ----------------------------------------------------------------------------------------------------------
+
+
+def _cell(row: Row, lpips: str | None, folder: Path) -> tuple[Path, str, str]:
+    rate = f"{float(row['bpp']):.3f} bpp" if row["bpp"] else row["setting"]
+    quality = f"LPIPS {float(row[lpips]):.3f}" if lpips and row[lpips] else f"{float(row['psnr']):.1f} dB"
+    return folder / "crops" / f"{row['id']}.png", row["codec"], f"{rate}, {quality}"
+
+
+def _sheet(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -> Picture | None:
+    """The original, clric at its middle setting, and all others at the nearest rate; None without crops."""
+    original = folder / "crops" / f"{photo.sha256}.png"
+    mine = [row for row in rows if row["image_sha256"] == photo.sha256]
+    clric = [row for row in mine if is_clric(row)]
+    first = sorted((row for row in clric if row["codec"] == clric[0]["codec"]), key=lambda row: float(row["bpp"]))
+    coded = [name for name in codecs(mine) if any(row["codec"] == name and row["bpp"] for row in mine)]
+    if not original.is_file() or not coded:
+        return None
+    rate = float((first[len(first) // 2] if first else mine[0])["bpp"])
+    chosen = [nearest([row for row in mine if row["codec"] == name], rate) for name in coded]
+    cells = [(original, "original", photo.name)]
+    cells += [_cell(row, lpips, folder) for row in chosen if row]
+    place = folder / "crops" / f"sheet-{Path(photo.name).stem}.png"
+    about = (
+        "clric at the middle of its rates, every other codec at the nearest rate that was measured. Where that is far "
+        "off, the codec has hardly any nearer."
+    )
+    return _picture(f"Crops of {photo.name}", about, cells, place)
+
+
+def _strip(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -> Picture | None:
+    """The first clric codec from its lowest to its highest rate, the ceiling, and the original."""
+    original = folder / "crops" / f"{photo.sha256}.png"
+    mine = [row for row in rows if row["image_sha256"] == photo.sha256]
+    clric = [row for row in mine if is_clric(row)]
+    if not original.is_file() or not clric:
+        return None
+    first = sorted((row for row in clric if row["codec"] == clric[0]["codec"]), key=lambda row: float(row["bpp"]))
+    ceiling = f"{clric[0]['codec'].split()[1]} ceiling"
+    cells = [_cell(row, lpips, folder) for row in [*first, *(row for row in mine if row["codec"] == ceiling)]]
+    cells.append((original, "original", photo.name))
+    about = "One image at every rate, as in the paper's Figure 8; then the VAE's ceiling."
+    return _picture("From the lowest to the highest rate", about, cells, folder / "strip.png")
+
+
+def _picture(title: str, about: str, cells: Sequence[tuple[Path, str, str]], place: Path) -> Picture | None:
+    present = [cell for cell in cells if cell[0].is_file()]
+    return Picture(title, about, "png", pictures.sheet(present, place))
+
+
+# --- Markdown and HTML ----------------------------------------------------------------------------------------------
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---", "---", *("---:" for _ in table.header[2:])]
+    lines = [table.header, rule, *([cell.replace("|", "\\|") for cell in row] for row in table.rows)]
+    return f"## {table.title}\n\n{table.about}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _html(item: Table | Picture) -> str:
+    head = f"<h2>{html.escape(item.title)}</h2><p>{html.escape(item.about)}</p>"
+    if isinstance(item, Picture):
+        source = f"data:image/{item.kind};base64,{base64.b64encode(item.data).decode()}"
+        return f'{head}<img alt="{html.escape(item.title)}" src="{source}">'
+    if not item.rows:
+        return ""
+
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    header = line(item.header, "th") if any(item.header) else ""
+    text = "" if any(item.header) else ' class="text"'
+    return f"{head}<table{text}>{header}{''.join(line(row, 'td') for row in item.rows)}</table>"
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>clric-bench</title>
+<style>
+body { max-width: 1232px; margin: 24px auto; padding: 0 16px; color: #1a1a1a; background: white;
+       font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 28px; margin-bottom: 8px; }
+h2 { font-size: 20px; margin: 40px 0 4px; }
+p { margin: 4px 0 12px; max-width: 900px; }
+img { display: block; max-width: 100%; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; white-space: nowrap; }
+.text td { text-align: left; }
+</style></head>
+<body><h1>clric-bench</h1>
+BODY
+</body></html>
+"""

@@ -1,0 +1,122 @@
+"""All grids of a function in one plane, so that one operation serves them all.
+
+The planes of all levels and channels lie below each other, the finest level first, each under rows of zeros and
+between columns of zeros as wide as the ARM's neighbourhood reaches. A neighbour is then the same distance away
+wherever it is in the flattened canvas, and values outside of a grid are zeros as the specification wants them.
+
+    0 0 0 0 0 0 0      one row of zeros for each row that the ARM looks back
+    0 0 0 a a a a      a plane of level 0, full width
+    0 0 0 a a a a
+    0 0 0 0 0 0 0
+    0 0 0 b b 0 0      a plane of level 1; the columns at the right are nobody's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from clric_decoder.bitstream import Architecture, grid_shapes
+from clric_decoder.context import NEIGHBOURS, REACH
+
+
+class Canvas:
+    """The places of the grids of an architecture for latents of one size, on one device.
+
+    shapes: (channels, height, width) of each level. rows, stride: the canvas's size. mask: (rows, stride) float32, one
+    where a grid value is. planes: (rows,) the number of the plane that a row belongs to, over all levels.
+    lead: zeros that stand before the flattened canvas where neighbours are looked up.
+    neighbours: how far back each neighbour is in the flattened canvas.
+    upsampling: for each level but the last, what the upsampler's four taps weigh to make matrices of them: for rows
+    (4, height, coarser height) and for columns (4, width, coarser width).
+    """
+
+    def __init__(self, architecture: Architecture, height: int, width: int, device: torch.device) -> None:
+        self.shapes = grid_shapes(architecture.channels, height, width)
+        self.stride = width + REACH
+        self.tops: list[int] = []
+        rows = 0
+        for channels, level_height, _ in self.shapes:
+            self.tops.append(rows)
+            rows += channels * (REACH + level_height)
+        self.rows = rows
+        self.lead = REACH * self.stride + REACH
+        self.neighbours = [dy * self.stride + dx for dy, dx in NEIGHBOURS[: architecture.neighbours]]
+        mask = torch.zeros(1, rows, self.stride, device=device)
+        for grid in self.split(mask):
+            grid.fill_(1)
+        self.mask = mask[0]
+        heights = [REACH + level_height for channels, level_height, _ in self.shapes for _ in range(channels)]
+        planes = torch.arange(len(heights)).repeat_interleave(torch.tensor(heights, dtype=torch.int64))
+        self.planes = planes.to(device)
+        self.upsampling = [
+            tuple(_doubling(fine, coarse).to(device) for fine, coarse in zip(finer[1:], coarser[1:], strict=True))
+            for finer, coarser in pairwise(self.shapes)
+        ]
+        self.extras = self._extra_inputs(architecture).to(device)
+
+    def split(self, canvas: torch.Tensor) -> list[torch.Tensor]:
+        """(batch, rows, stride) -> views (batch, channels, height, width), the finest level first."""
+        grids = []
+        for top, (channels, height, width) in zip(self.tops, self.shapes, strict=True):
+            block = canvas[:, top : top + channels * (REACH + height)]
+            block = block.view(len(canvas), channels, REACH + height, self.stride)
+            grids.append(block[:, :, REACH:, REACH : REACH + width])
+        return grids
+
+    def join(self, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split`, with zeros everywhere else."""
+        canvas = grids[0].new_zeros(len(grids[0]), self.rows, self.stride)
+        for place, grid in zip(self.split(canvas), grids, strict=True):
+            place.copy_(grid)
+        return canvas
+
+    def span(self, levels: range) -> slice:
+        """The part of the flattened canvas that the planes of these levels take."""
+        tops = [*self.tops, self.rows]
+        return slice(tops[levels.start] * self.stride, tops[levels.stop] * self.stride)
+
+    def _extra_inputs(self, architecture: Architecture) -> torch.Tensor:
+        """(earlier + coarser, rows * stride) int64: where the ARM's other inputs lie behind `lead`; -lead is zero.
+
+        Values of earlier channels of the level at the same place, and samples of the next coarser level
+        (specification, "Inputs").
+        """
+        count = architecture.earlier + architecture.coarser
+        index = np.full((count, self.rows, self.stride), -self.lead, np.int64)
+        for level, (channels, height, width) in enumerate(self.shapes if count else ()):
+            rows, columns = np.arange(height)[:, None], np.arange(width)[None]
+            for channel in range(channels):
+                top = self.tops[level] + channel * (REACH + height) + REACH
+                place = index[:, top : top + height, REACH : REACH + width]
+                for distance in range(1, min(architecture.earlier, channel) + 1):
+                    place[distance - 1] = (top + rows - distance * (REACH + height)) * self.stride + REACH + columns
+                if level + 1 == len(self.shapes) or not self.shapes[level + 1][0]:
+                    continue
+                others, other_height, other_width = self.shapes[level + 1]
+                other = self.tops[level + 1] + min(channel, others - 1) * (REACH + other_height) + REACH
+                row, column = rows >> 1, columns >> 1
+                next_row = np.clip(row + 2 * (rows & 1) - 1, 0, other_height - 1)
+                next_column = np.clip(column + 2 * (columns & 1) - 1, 0, other_width - 1)
+                picks = ((row, column), (row, next_column), (next_row, column), (next_row, next_column))
+                for number in range(architecture.coarser):
+                    y, x = picks[number]
+                    place[architecture.earlier + number] = (other + y) * self.stride + REACH + x
+        return torch.from_numpy(index.reshape(count, self.rows * self.stride))
+
+
+def _doubling(fine: int, coarse: int) -> torch.Tensor:
+    """(4, fine, coarse): which taps an output of upsampling by 2 weighs which inputs with.
+
+    Even outputs weigh the inputs from two before to one after theirs with taps 0 to 3, odd ones from two after to one
+    before; beyond the ends the outermost inputs go on (specification, "Upsampling").
+    """
+    basis = torch.zeros(4, fine, coarse)
+    outputs = torch.arange(fine)
+    for tap in range(4):
+        offsets = torch.where(outputs % 2 == 0, tap - 2, 2 - tap)
+        inputs = (outputs // 2 + offsets).clamp(0, coarse - 1)
+        basis[tap, outputs, inputs] += 1
+    return basis

@@ -1,0 +1,119 @@
+"""What a trained image decoder is judged by: structure (MS-SSIM) and features (LPIPS), differentiable.
+
+Images are [N, 3, H, W] float32, RGB in [0, 1].
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from clric_decoder.errors import ModelError, brief
+from torch import Tensor, nn
+
+# Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment", 2003.
+_MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+_WINDOW = 11
+
+# The torchvision layers of squeezenet1_1 after whose last one LPIPS compares features.
+_LPIPS_SLICES = ((0, 1), (3, 4), (6, 7), (9,), (10,), (11,), (12,))
+
+
+def ms_ssim(a: Tensor, b: Tensor, scales: int = 5) -> Tensor:
+    """Mean multi-scale structural similarity of two batches, on RGB channels.
+
+    ``scales``: how many of the five scales, whose weights are normalised; the sides must be at least
+    11 * 2^(scales - 1). All five are the published measure.
+    """
+    window = torch.exp(-((torch.arange(_WINDOW, device=a.device) - _WINDOW // 2) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).to(a).expand(a.shape[1], 1, 1, -1)
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, window, groups=x.shape[1])
+        return F.conv2d(x, window.transpose(2, 3), groups=x.shape[1])
+
+    weights = torch.tensor(_MS_SSIM_WEIGHTS[:scales]).to(a)
+    result = a.new_ones(())
+    for scale, weight in enumerate(weights / weights.sum()):
+        mean_a, mean_b = blur(a), blur(b)
+        variance_a, variance_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+        covariance = blur(a * b) - mean_a * mean_b
+        similarity = (2 * covariance + 0.03**2) / (variance_a + variance_b + 0.03**2)
+        if scale == scales - 1:
+            similarity = similarity * (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+        # Anticorrelated patches have no real power: they count as nothing in common.
+        result = result * similarity.mean((2, 3)).clamp(min=1e-4) ** weight
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return result.mean()
+
+
+def flatness_loss(image: Tensor, reference: Tensor) -> Tensor:
+    """Mean error of neighbouring pixels' differences where the reference is flat.
+
+    A mesh of a few grey levels in a flat area is below what MS-SSIM's constants and LPIPS notice; eyes do. Flat is
+    where differences average less than about 0.02 over 9 x 9 pixels.
+    """
+    total = image.new_zeros(())
+    for axis in (2, 3):
+        error = (image.diff(dim=axis) - reference.diff(dim=axis)).abs()
+        activity = F.avg_pool2d(reference.diff(dim=axis).abs().mean(1, keepdim=True), 9, 1, 4)
+        total = total + (error * torch.exp(-((activity / 0.02) ** 2))).mean()
+    return total
+
+
+class Lpips(nn.Module):
+    """LPIPS v0.1 with SqueezeNet (Zhang et al., "The unreasonable effectiveness of deep features", 2018).
+
+    ``folder`` holds squeezenet1_1_torchvision_fp16.npz, torchvision's weights under its names, and
+    lpips_v0.1_squeeze_heads.pth, the published linear heads. Raises ModelError where they cannot be read.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        try:
+            with np.load(folder / "squeezenet1_1_torchvision_fp16.npz") as file:
+                state = {name: torch.from_numpy(file[name]).float() for name in file.files}
+            heads = torch.load(folder / "lpips_v0.1_squeeze_heads.pth", map_location="cpu", weights_only=True)
+            self._weights = nn.ParameterDict({name.replace(".", "_"): value for name, value in state.items()})
+            self._heads = nn.ParameterList([heads[f"lin{i}.model.1.weight"] for i in range(len(_LPIPS_SLICES))])
+        except Exception as error:  # numpy, zipfile and pickle share no base class for a damaged file
+            raise ModelError(f"{folder} holds no LPIPS weights: {brief(error)}") from error
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """The mean distance of two batches of images with sides of at least 32."""
+        result = a.new_zeros(())
+        for head, x, y in zip(self._heads, self._features(a), self._features(b), strict=True):
+            # The published 1e-10 stands inside the root, where it keeps the gradient of all zeros finite.
+            x = x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt()
+            y = y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()
+            result = result + F.conv2d((x - y).square(), head).mean()
+        return result
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        x = (2 * image - 1 - self.shift) / self.scale
+        features = []
+        for layers in _LPIPS_SLICES:
+            for layer in layers:
+                if layer == 0:
+                    x = F.relu(self._convolve(x, "features_0", stride=2))
+                elif layer > 1:
+                    x = F.relu(self._convolve(x, f"features_{layer}_squeeze"))
+                    branches = [
+                        self._convolve(x, f"features_{layer}_expand1x1"),
+                        self._convolve(x, f"features_{layer}_expand3x3", padding=1),
+                    ]
+                    x = F.relu(torch.cat(branches, 1))
+            features.append(x)
+            if layers[-1] in (1, 4, 7):
+                x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+        return features
+
+    def _convolve(self, x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
+        weights = self._weights
+        return F.conv2d(x, weights[f"{name}_weight"], weights[f"{name}_bias"], stride, padding)

@@ -1,0 +1,274 @@
+"""clric-bench as a user meets it: what it measures, how it goes on, what it says of bad input, and its report."""
+
+import base64
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clric_decoder import decode, decode_latent, read_header
+from clric_decoder.image import read_image
+from clric_decoder.networks import mac_per_pixel
+from clric_encoder import encode
+from clric_encoder.autoencoder import load_encoder
+from diffusers.models.autoencoders.vae import EncoderTiny
+from PIL import Image
+from safetensors.torch import save_file
+
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+CLRIC = ("--codec", "clric", "--vae", "taesd", "--preset", "fast", "--lambda", "1")
+JPEG = {"quality": 18, "optimize": True, "progressive": True}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, toy_models: Path) -> Path:
+    """A VAE by the name of taesd: an encoder of random weights, and the toy decoder."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    save_file(
+        EncoderTiny(3, 4, (1, 3, 3, 3), (64,) * 4, "relu").layers.state_dict(), folder / "taesd_encoder.safetensors"
+    )
+    for suffix in (".onnx", ".json"):
+        shutil.copy(toy_models / f"toy{suffix}", folder / f"taesd{suffix}")
+    return folder
+
+
+def write_photo(path: Path, height: int, width: int) -> None:
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([128 + 100 * np.sin(x / 9 + y / 40), 128 + 100 * np.cos(y / 7), (2 * x + y) % 256], -1)
+    Image.fromarray(waves.astype(np.uint8)).save(path)
+
+
+def hear_interrupts() -> None:
+    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run of JPEG over two photos that Ctrl-C stopped, and one that went on, with clric too and a damaged image."""
+
+    images: Path
+    models: Path
+    folder: Path
+    interrupted: int  # exit code
+    rows_before: list[str]  # lines of results.csv when it was stopped
+    result: "subprocess.CompletedProcess[bytes]"
+
+    def row(self, image: str, codec: str, setting: str | None = None) -> dict[str, str]:
+        (row,) = (
+            row
+            for row in table(self.folder)
+            if (row["image"], row["codec"]) == (image, codec) and setting in (None, row["setting"])
+        )
+        return row
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Bench:
+    folder = tmp_path_factory.mktemp("bench")
+    images = folder / "images"
+    images.mkdir()
+    write_photo(images / "a.png", 176, 176)
+    write_photo(images / "small.png", 121, 256)  # another size, as many pixels
+    program = Path(sys.executable).with_name("clric-bench")
+    arguments = [program, "run", images, "-o", folder / "out", "--codec", "jpeg"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)
+    deadline = time.monotonic() + 120
+    while not (folder / "out/results.csv").is_file() or len(table(folder / "out")) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert b"Traceback" not in errors, errors
+    before = (folder / "out/results.csv").read_text().splitlines()
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:2000])
+    (images / "notes.txt").write_text("no image, and not named like one\n")
+    shutil.copy(images / "a.png", images / "twin.png")
+    with open(folder / "out/results.csv", "a") as file:
+        file.write("half a li")  # as a power cut leaves it
+    arguments += [*CLRIC, "--models", models]
+    result = subprocess.run(arguments, env=environment, capture_output=True, check=False, timeout=300)
+    return Bench(images, models, folder / "out", process.returncode, before, result)
+
+
+def test_control_c_keeps_what_was_measured_and_the_next_run_adds_what_is_missing(bench: Bench) -> None:
+    assert bench.interrupted == 130
+    lines = (bench.folder / "results.csv").read_text().splitlines()
+    assert lines[: len(bench.rows_before)] == bench.rows_before
+    rows = table(bench.folder)
+    assert len(rows) == 2 * (1 + 1 + 8)  # photos x (lambda, ceiling, qualities of JPEG)
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert len({(row["image"], row["codec"], row["setting"]) for row in rows}) == len(rows)
+    # A line for each new row, and one about each image that is damaged or there twice
+    assert bench.result.stderr.count(b"\n") == len(rows) - (len(bench.rows_before) - 1) + 2
+    assert b"twin.png: the same file as a.png" in bench.result.stderr
+
+
+def test_a_damaged_image_is_reported_at_the_end_and_stops_no_other(bench: Bench) -> None:
+    assert bench.result.returncode == 1
+    last = bench.result.stderr.decode().splitlines()[-1]
+    assert last.startswith("clric-bench: ")
+    assert "broken.png: " in last
+    assert "truncated" in last
+    for name in ("summary.md", "report.html"):
+        assert "broken.png" in (bench.folder / name).read_text()
+
+
+def test_jpeg_rows_are_what_pillow_gives(bench: Bench) -> None:
+    for name in ("a.png", "small.png"):
+        row = bench.row(name, "JPEG", "quality 18")
+        original, _ = read_image(bench.images / name)
+        file = io.BytesIO()
+        Image.fromarray(original).save(file, "jpeg", **JPEG)
+        decoded = np.asarray(Image.open(file), float)
+        assert int(row["bytes"]) == len(file.getvalue())
+        assert float(row["bpp"]) == pytest.approx(8 * len(file.getvalue()) / original[..., 0].size)
+        assert float(row["psnr"]) == pytest.approx(10 * np.log10(255**2 / np.square(decoded - original).mean()))
+        assert (int(row["height"]), int(row["width"])) == original.shape[:2]
+
+
+def test_clric_rows_are_what_the_library_gives(bench: Bench) -> None:
+    row = bench.row("a.png", "clric taesd fast")
+    original, _ = read_image(bench.images / "a.png")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    data = encode(original, vae="taesd", lmbda=1, preset="fast", device="cpu", models=bench.models)
+    torch.set_num_threads(threads)
+    header = read_header(data)
+    assert int(row["bytes"]) == len(data)
+    parts = [header.header_bytes, header.network_bytes, sum(header.level_bytes)]
+    assert [int(row[f"{part}_bytes"]) for part in ("header", "network", "grid")] == parts
+    latent = load_encoder("taesd", models=bench.models).encode(original)
+    assert float(row["latent_mse"]) == pytest.approx(np.square(latent - decode_latent(data)).mean(), rel=1e-4)
+    decoded = decode(data, vae="taesd", models=bench.models).astype(float)
+    assert float(row["psnr"]) == pytest.approx(10 * np.log10(255**2 / np.square(decoded - original).mean()), rel=1e-4)
+    # The toy decoder: three convolutions of 3 x 3 at an eighth of the size
+    assert float(row["decoder_mac"]) == pytest.approx((4 * 8 + 8 * 8 + 8 * 3) * 9 / 64)
+    assert float(row["function_mac"]) == pytest.approx(sum(mac_per_pixel(header).values()))
+
+
+def test_time_and_memory(bench: Bench) -> None:
+    """Seconds of every row; memory once for each codec and number of pixels, and not of a ceiling."""
+    rows = table(bench.folder)
+    assert all(float(row["encode_s"]) > 0 and float(row["decode_s"]) > 0 for row in rows)
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux says how much memory a process held at its peak")
+    encode_mb, decode_mb = ({row["codec"]: float(row[c]) for row in rows if row[c]} for c in ("encode_mb", "decode_mb"))
+    assert set(encode_mb) == set(decode_mb) == {"clric taesd fast", "JPEG"}
+    assert sum(bool(row["encode_mb"]) for row in rows) == 2
+    assert encode_mb["clric taesd fast"] > 2 * encode_mb["JPEG"]  # torch
+    assert decode_mb["clric taesd fast"] < 0.7 * encode_mb["clric taesd fast"]  # a client has none
+    assert 10 < decode_mb["JPEG"] < 150
+
+
+def test_an_image_too_small_for_ms_ssim_is_measured_by_the_rest_and_said(bench: Bench) -> None:
+    row, whole = bench.row("small.png", "JPEG", "quality 80"), bench.row("a.png", "JPEG", "quality 80")
+    assert row["ms_ssim"] == ""
+    assert row["notes"] == "too small for MS-SSIM (sides of 161)"
+    assert float(row["ssim"]) > 0.5
+    assert float(whole["ms_ssim"]) > 0.9
+    assert "small.png: too small for MS-SSIM" in (bench.folder / "report.html").read_text()
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_report_holds_everything_in_itself(bench: Bench) -> None:
+    text = (bench.folder / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "url(" not in text
+    pictures = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    # Plots of MS-SSIM, PSNR and SSIM, crops of both photos, the strip
+    assert len(pictures) == 6
+    for source in pictures:
+        kind, data = source.split(",", 1)
+        content = base64.b64decode(data, validate=True)
+        if kind == "data:image/png;base64":
+            assert np.asarray(Image.open(io.BytesIO(content))).std() > 10
+        else:
+            assert kind == "data:image/svg+xml;base64"
+            svg = ET.fromstring(content)
+            links = [v for element in svg.iter() for k, v in element.attrib.items() if k.endswith("href")]
+            assert all(link.startswith("#") for link in links)
+    references = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href", "srcset")]
+    assert references == pictures
+
+
+def test_the_report_says_what_is_missing_and_why(bench: Bench) -> None:
+    for name in ("report.html", "summary.md"):
+        text = (bench.folder / name).read_text()
+        for measure in ("LPIPS alex", "LPIPS vgg", "LPIPS squeeze", "FID"):
+            assert measure in text
+        assert "--metrics DIR" in text
+        assert "25.48" in text  # the paper's Table I
+
+
+def test_the_report_can_be_made_again_from_the_results_alone(bench: Bench, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(bench.folder, tmp_path / "copy")
+    for name in ("report.html", "summary.md", "strip.png"):
+        (tmp_path / "copy" / name).unlink()
+    shutil.rmtree(tmp_path / "copy/plots")
+    result = run("clric-bench", "report", "-o", "copy")
+    assert result.returncode == 0, result.stderr
+    for name in ("report.html", "summary.md", "plots/psnr.svg"):
+        assert (tmp_path / "copy" / name).read_bytes() == (bench.folder / name).read_bytes()
+
+
+def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
+    message = result.stderr.decode()
+    assert result.returncode == code, message
+    assert message.startswith("clric-bench: "), message
+    assert message.count("\n") == 1, message
+    assert all(part in message for part in parts), message
+
+
+def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_photo(tmp_path / "photo.png", 16, 16)
+    assert_one_line(run("clric-bench", "run", "empty"), 1, "empty: holds no images")
+    assert_one_line(run("clric-bench", "run", "gone"), 2, "gone", "does not exist")
+    assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "jpg"), 2, "'jpg'", "jpeg")
+    assert_one_line(run("clric-bench", "run", "photo.png", "--lambda", "nan"), 2, "--lambda is nan")
+    assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "clric", "--vae", "x"), 1, "'x' is not known")
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_of_other_columns_are_refused(run: Run, tmp_path: Path) -> None:
+    write_photo(tmp_path / "photo.png", 16, 16)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/results.csv").write_text("image,psnr\nphoto.png,3\n")
+    (tmp_path / "results/run.json").write_text(
+        json.dumps({"machine": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
+    )
+    assert_one_line(run("clric-bench", "report"), 1, "results.csv", "columns")
+    assert (tmp_path / "results/results.csv").read_text() == "image,psnr\nphoto.png,3\n"
