@@ -14,12 +14,12 @@ from clric_export.losses import Lpips, ms_ssim
 from clric_export.sources import load_decoder
 from PIL import Image
 
-# Crops with what small decoders fail at: saturated colours, a face, text, a flat sky.
+# Crops with what small decoders fail at: saturated colours, a face, text, an edge against the sky.
 CROPS = {
     "kodim23": (400, 60, 656, 316),
     "kodim15": (200, 60, 456, 316),
     "kodim08": (200, 200, 456, 456),
-    "kodim20": (200, 0, 456, 256),
+    "kodim20": (200, 160, 456, 416),
 }
 
 
@@ -86,12 +86,12 @@ def figures(shared: Path) -> dict[tuple[str, str], np.ndarray]:
 def test_the_decoder_comes_near_its_teacher(figures: dict[tuple[str, str], np.ndarray]) -> None:
     """A bound on regressions; the figures on all of Kodak are in the model card."""
     psnr, structure, lpips = figures["taesd", "lite"] - figures["taesd", "taesd"]
-    assert psnr > -1.6
+    assert psnr > -1.2
     assert structure > -0.05
     assert lpips < 0.08
 
 
 def test_other_decoders_show_what_the_encoder_gives(figures: dict[tuple[str, str], np.ndarray]) -> None:
     psnr, structure, _ = figures["lite", "taesd"] - figures["taesd", "taesd"]
-    assert psnr > -0.7
+    assert psnr > -0.8
     assert structure > -0.04
