@@ -23,8 +23,8 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/pytest -q -m slow
 
-# Six Kodak images where ../shared is (matplotlib's sample photo elsewhere): at most 20 minutes on two cores. What
-# results/ holds already is not measured again.
+# Six Kodak images where ../shared is, matplotlib's sample photo elsewhere. What results/ holds already is not measured
+# again.
 BENCH_IMAGES ?= $(or $(wildcard $(foreach n,01 05 08 15 20 23,../shared/data/kodak/kodim$(n).png)),$(SAMPLE))
 SAMPLE = $(shell $(BIN)/python -c 'import matplotlib; print(matplotlib.get_data_path())')/sample_data/grace_hopper.jpg
 

@@ -40,11 +40,10 @@ def main() -> None:
         print(f"{time.perf_counter() - start:.2f} s")
         (OUT / f"quality-{quality}.clric").write_bytes(data)
         write_image(OUT / f"quality-{quality}.png", image)
-        jpeg = jpeg_of_size(original, len(data))
         top.append((image, caption("clric", data, original, image)))
-        bottom.append(
-            (read_image(io.BytesIO(jpeg))[0], caption("JPEG", jpeg, original, read_image(io.BytesIO(jpeg))[0]))
-        )
+        jpeg = jpeg_of_size(original, len(data))
+        image, _ = read_image(io.BytesIO(jpeg))
+        bottom.append((image, caption("JPEG", jpeg, original, image)))
     for _, text in sorted(top[1:] + bottom, key=lambda panel: panel[1]):
         print(f"  {text}")
 

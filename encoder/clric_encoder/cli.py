@@ -17,7 +17,7 @@ from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, for_each, print_error, run_command
 
-from .presets import PRESETS
+from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
 
 if TYPE_CHECKING:
     from .overfit import Progress
@@ -26,8 +26,6 @@ NAME = "clric-enc"
 
 # No image file within the limit of pixels is longer: 4 channels of 16 bits, uncompressed.
 INPUT_LIMIT = 8 * MAX_PIXELS
-
-MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
 
 
 @click.command()

@@ -15,10 +15,9 @@ from clric_decoder.synthesis import synthesize
 
 from .autoencoder import load_encoder
 from .overfit import Function, Report, overfit
-from .presets import PRESETS
+from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
 
 DEFAULT_QUALITY = 50.0
-MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
 MAX_LATENT = 1e4  # real ones have a deviation near 1
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 

@@ -37,8 +37,7 @@ def quantize_networks(
     """Integers for every group of parameters of one function, in the order of `parameter_groups`.
 
     networks: of a batch of one. canvas: (1, rows, stride), rounded. latent: (1, C, h, w). weight: what a bit costs, in
-    units of distortion: lambda / pixels. tick: called before the
-    work on each group.
+    units of distortion: lambda / pixels. tick: called before the work on each group.
     """
     current = dict(networks)
     groups = parameter_groups(architecture)

@@ -24,6 +24,7 @@ from clric_decoder.image import read_image
 from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode
 from clric_encoder.autoencoder import load_encoder
+from commands import assert_one_line
 from diffusers.models.autoencoders.vae import EncoderTiny
 from PIL import Image
 from safetensors.torch import save_file
@@ -242,14 +243,6 @@ def test_the_report_can_be_made_again_from_the_results_alone(bench: Bench, run: 
     assert result.returncode == 0, result.stderr
     for name in ("report.html", "summary.md", "plots/psnr.svg"):
         assert (tmp_path / "copy" / name).read_bytes() == (bench.folder / name).read_bytes()
-
-
-def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
-    message = result.stderr.decode()
-    assert result.returncode == code, message
-    assert message.startswith("clric-bench: "), message
-    assert message.count("\n") == 1, message
-    assert all(part in message for part in parts), message
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:

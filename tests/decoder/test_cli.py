@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from clric_decoder import decode, decode_latent, read_header
 from clric_decoder.networks import count_parameters, mac_per_pixel
+from commands import assert_one_line
 from PIL import Image
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -49,14 +50,6 @@ def test_decoding_leaves_nothing_in_the_cache(run: Run, tmp_path: Path, file: Pa
 def pixels(source: Path | bytes) -> np.ndarray:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         return np.asarray(image)
-
-
-def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
-    message = result.stderr.decode()
-    assert result.returncode == code, message
-    assert message.startswith("clric-dec: "), message
-    assert message.count("\n") == 1, message
-    assert all(part in message for part in parts), message
 
 
 def test_image_beside_the_stream(run: Run, file: Path, stream: bytes, toy: list[str], toy_models: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clric_decoder import decode_latent, read_header
+from commands import assert_one_line
 from PIL import Image
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -29,14 +30,6 @@ def write_photo(path: Path, height: int = 16, width: int = 24) -> Path:
     y, x = np.mgrid[:height, :width]
     Image.fromarray(np.stack([x * 9, y * 13, 255 - x * 5], -1).astype(np.uint8)).save(path)
     return path
-
-
-def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
-    message = result.stderr.decode()
-    assert result.returncode == code, message
-    assert message.startswith("clric-enc: "), message
-    assert message.count("\n") == 1, message
-    assert all(part in message for part in parts), message
 
 
 def test_one_pixel_through_pipes(run: Run) -> None:

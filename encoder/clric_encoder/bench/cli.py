@@ -13,7 +13,7 @@ import click
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.terminal import print_error, run_command
 
-from ..presets import PRESETS
+from ..presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
 from .codecs import CODECS, make_codecs
 from .measure import list_images
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NAME = "clric-bench"
 
 DEFAULT_LAMBDAS = (4.0, 1.5, 0.5, 0.15, 0.04)
-MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
 
 _Folder = click.Path(file_okay=False, path_type=Path)
 _output = click.option("-o", "--output", type=_Folder, default=Path("results"), show_default=True, help="Folder.")

@@ -1,0 +1,13 @@
+"""What the tests of the commands share."""
+
+import subprocess
+from pathlib import Path
+
+
+def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
+    """A command ended with an exit code, and with one line on standard error that begins with its own name."""
+    message = result.stderr.decode()
+    assert result.returncode == code, message
+    assert message.startswith(f"{Path(result.args[0]).name}: "), message
+    assert message.count("\n") == 1, message
+    assert all(part in message for part in parts), message
