@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from clric_decoder.bitstream import Architecture, grid_shapes
 from clric_decoder.context import NEIGHBOURS, REACH
 
@@ -29,8 +30,7 @@ class Canvas:
     where a grid value is. planes: (rows,) the number of the plane that a row belongs to, over all levels.
     lead: zeros that stand before the flattened canvas where neighbours are looked up.
     neighbours: how far back each neighbour is in the flattened canvas.
-    upsampling: for each level but the last, what the upsampler's four taps weigh to make matrices of them: for rows
-    (4, height, coarser height) and for columns (4, width, coarser width).
+    doublings: for each level but the last, the `Doubling` that leads to it along rows and along columns.
     """
 
     def __init__(self, architecture: Architecture, height: int, width: int, device: torch.device) -> None:
@@ -51,8 +51,8 @@ class Canvas:
         heights = [REACH + level_height for channels, level_height, _ in self.shapes for _ in range(channels)]
         planes = torch.arange(len(heights)).repeat_interleave(torch.tensor(heights, dtype=torch.int64))
         self.planes = planes.to(device)
-        self.upsampling = [
-            tuple(_doubling(fine, coarse).to(device) for fine, coarse in zip(finer[1:], coarser[1:], strict=True))
+        self.doublings = [
+            tuple(Doubling(coarse, fine, device) for coarse, fine in zip(coarser[1:], finer[1:], strict=True))
             for finer, coarser in pairwise(self.shapes)
         ]
         self.extras = self._extra_inputs(architecture).to(device)
@@ -107,16 +107,48 @@ class Canvas:
         return torch.from_numpy(index.reshape(count, self.rows * self.stride))
 
 
-def _doubling(fine: int, coarse: int) -> torch.Tensor:
-    """(4, fine, coarse): which taps an output of upsampling by 2 weighs which inputs with.
+class Doubling:
+    """Upsampling by 2 of lines of one length as a product with a small matrix.
 
     Even outputs weigh the inputs from two before to one after theirs with taps 0 to 3, odd ones from two after to one
-    before; beyond the ends the outermost inputs go on (specification, "Upsampling").
+    before; beyond the ends the outermost inputs go on (specification, "Upsampling"). Long lines are cut into blocks
+    that overlap, so that the matrix stays small.
+
+    basis: (4, outputs, inputs) what each tap adds to the matrix.
     """
-    basis = torch.zeros(4, fine, coarse)
-    outputs = torch.arange(fine)
-    for tap in range(4):
-        offsets = torch.where(outputs % 2 == 0, tap - 2, 2 - tap)
-        inputs = (outputs // 2 + offsets).clamp(0, coarse - 1)
-        basis[tap, outputs, inputs] += 1
-    return basis
+
+    BLOCK, HALO = 64, 2
+
+    def __init__(self, coarse: int, fine: int, device: torch.device) -> None:
+        self.coarse, self.fine = coarse, fine
+        self.blocks = 1 if coarse <= self.BLOCK else -(-coarse // self.BLOCK)
+        self.margins = (0, 0) if self.blocks == 1 else (self.HALO, self.HALO + self.blocks * self.BLOCK - coarse)
+        outputs = torch.arange(fine if self.blocks == 1 else 2 * self.BLOCK)
+        inputs = coarse if self.blocks == 1 else self.BLOCK + 2 * self.HALO
+        basis = torch.zeros(4, len(outputs), inputs)
+        for tap in range(4):
+            offsets = torch.where(outputs % 2 == 0, tap - 2, 2 - tap)
+            basis[tap, outputs, (outputs // 2 + self.margins[0] + offsets).clamp(0, inputs - 1)] += 1
+        self.basis = basis.to(device)
+
+    def cut(self, lines: torch.Tensor) -> torch.Tensor:
+        """(batch, lines, coarse) -> (batch, lines * blocks, inputs)."""
+        if self.blocks == 1:
+            return lines
+        size = self.BLOCK + 2 * self.HALO
+        return F.pad(lines, self.margins, mode="replicate").unfold(2, size, self.BLOCK).flatten(1, 2)
+
+    def glue(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of `cut`: (batch, lines * blocks, inputs) -> (batch, lines, coarse)."""
+        if self.blocks == 1:
+            return gradient
+        blocks = gradient.unflatten(1, (-1, self.blocks))
+        batch, lines = blocks.shape[:2]
+        padded = gradient.new_zeros(batch, lines, self.blocks + 1, self.BLOCK)
+        padded[:, :, :-1] = blocks[..., : self.BLOCK]
+        padded[:, :, 1:, : 2 * self.HALO] += blocks[..., self.BLOCK :]
+        padded = padded.flatten(2)[..., : self.coarse + sum(self.margins)]
+        inner = padded[..., self.margins[0] : self.margins[0] + self.coarse].clone()
+        inner[..., 0] += padded[..., : self.margins[0]].sum(2)
+        inner[..., -1] += padded[..., self.margins[0] + self.coarse :].sum(2)
+        return inner

@@ -1,27 +1,27 @@
-"""The function f_theta as differentiable torch code: grids and parameters in, latent and bits out.
+"""The function f_theta as torch code: grids and parameters in, latent and bits out, and the gradients of both.
 
 The same arithmetic as the decoder's integer and numpy code (clric_decoder.context and clric_decoder.synthesis), in
 floats, so that what is trained here is what is coded there. Everything carries a batch axis: functions of one
 architecture and size, trained together. Grids lie in a `Canvas`; parameters live in a dict keyed by the names of
 `clric_decoder.networks.parameter_groups`, each (batch, *shape).
 
-Tensors are small (some 30,000 values for 768x512), so that time goes by the number of operations rather than by
-arithmetic: operations here are few and large, and the ARM's gradient is written out.
+Tensors are small (some 30,000 values for 768x512), so that time goes by the number of operations and by the memory that
+they touch, rather than by arithmetic. Operations are therefore few and large, and gradients are written out instead of
+left to autograd: `GridBits` and `Synthesis` compute on construction and keep what their `backward` needs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from clric_decoder.bitstream import Architecture
+from clric_decoder.bitstream import Architecture, SynthesisLayer
 from clric_decoder.context import MAX_ACTIVATION, MAX_CONTEXT, UNIT
 from clric_decoder.entropy import SCALE_ZERO, SCALES
 from clric_decoder.networks import arm_sizes, parameter_groups
 
-from .canvas import Canvas
+from .canvas import Canvas, Doubling
 
 Networks = dict[str, torch.Tensor]
 
@@ -31,194 +31,258 @@ SMALLEST_PROBABILITY = 2.0**-16
 LARGEST_ACTIVATION = MAX_ACTIVATION / UNIT
 
 
-def synthesize(canvas: torch.Tensor, networks: Networks, architecture: Architecture, layout: Canvas) -> torch.Tensor:
-    """The latents (batch, C, h, w) of grids in a canvas (batch, rows, stride)."""
-    grids = layout.split(canvas)
-    stack = grids[-1]
-    for level in range(len(grids) - 2, -1, -1):
-        taps = networks["upsampler"][:, level]
-        rows, columns = (torch.einsum("bt,tij->bij", taps, basis) for basis in layout.upsampling[level])
-        wide = torch.bmm(stack.flatten(1, 2), columns.transpose(1, 2)).view(*stack.shape[:3], -1)
-        stack = torch.cat([grids[level], rows[:, None] @ wide], 1)
+class Synthesis:
+    """The latents (batch, C, h, w) of grids in a canvas (batch, rows, stride): upsampler and synthesis network."""
 
-    biases = networks["synthesis.bias"].split([layer.channels for layer in architecture.synthesis], 1)
-    inputs = [stack]
-    for number, (layer, bias) in enumerate(zip(architecture.synthesis, biases, strict=True)):
-        weight = networks[f"synthesis.weight{number}"]
-        convolve = _depthwise if layer.depthwise else _Convolve.apply
-        outputs = convolve(inputs[-1], weight, bias)
-        if layer.residual:
-            outputs = outputs + inputs[-layer.residual]
-        inputs.append(F.relu(outputs) if layer.relu else outputs)
-    return inputs[-1]
+    def __init__(self, canvas: torch.Tensor, networks: Networks, architecture: Architecture, layout: Canvas) -> None:
+        self._layout = layout
+        grids = layout.split(canvas)
+        stack = grids[-1]
+        self._upsampled: list[_Upsampled] = []
+        for level in range(len(grids) - 2, -1, -1):
+            wide = _Upsampled(stack, networks["upsampler"][:, level], *layout.doublings[level])
+            self._upsampled.insert(0, wide)
+            stack = torch.cat([grids[level], wide.outputs], 1)
+
+        biases = networks["synthesis.bias"].split([layer.channels for layer in architecture.synthesis], 1)
+        inputs = [stack]
+        self._layers: list[tuple[SynthesisLayer, _Convolved]] = []
+        for number, (layer, bias) in enumerate(zip(architecture.synthesis, biases, strict=True)):
+            convolved = _Convolved(inputs[-1], networks[f"synthesis.weight{number}"], bias)
+            self._layers.append((layer, convolved))
+            outputs = convolved.outputs
+            if layer.residual:
+                outputs = outputs + inputs[-layer.residual]
+            inputs.append(outputs.relu_() if layer.relu else outputs)
+        self._inputs = inputs
+        self.latents = inputs[-1]
+
+    def backward(self, gradient: torch.Tensor, to_networks: Networks, to_canvas: torch.Tensor) -> None:
+        """Adds the gradients of a loss whose gradient by the latents is given; `to_canvas` is (batch, rows, stride)."""
+        gradients: list[torch.Tensor | None] = [None] * len(self._layers) + [gradient]
+        to_biases = []
+        for number in range(len(self._layers) - 1, -1, -1):
+            layer, convolved = self._layers[number]
+            own = gradients[number + 1]
+            assert own is not None  # every layer leads to the next
+            if layer.relu:
+                own = torch.ops.aten.threshold_backward(own, self._inputs[number + 1], 0)
+            to_input, to_weight, to_bias = convolved.backward(own)
+            to_networks[f"synthesis.weight{number}"] += to_weight
+            to_biases.append(to_bias)
+            parts = [(number, to_input)]
+            if layer.residual:
+                parts.append((number + 1 - layer.residual, own))
+            for earlier, part in parts:
+                other = gradients[earlier]
+                gradients[earlier] = part if other is None else part + other
+        to_networks["synthesis.bias"] += torch.cat(to_biases[::-1], 1)
+
+        to_stack = gradients[0]
+        assert to_stack is not None
+        for level, place in enumerate(self._layout.split(to_canvas)):
+            channels = place.shape[1]
+            place += to_stack[:, :channels]
+            if level < len(self._upsampled):
+                to_stack, to_taps = self._upsampled[level].backward(to_stack[:, channels:])
+                to_networks["upsampler"][:, level] += to_taps
 
 
-class _Convolve(torch.autograd.Function):
-    """Convolution at the edges of which the outermost values go on, each of a batch with weights of its own.
+class _Upsampled:
+    """Inputs (batch, channels, h, w) with taps (batch, 4) as outputs (batch, channels, rows.fine, columns.fine)."""
 
-    inputs (batch, in, h, w), weight (batch, out, in, k, k), bias (batch, out) -> (batch, out, h, w). As a matrix
-    product with shifted copies: torch's convolutions are slow at so few channels.
+    def __init__(self, inputs: torch.Tensor, taps: torch.Tensor, rows: Doubling, columns: Doubling) -> None:
+        batch, channels, _, width = inputs.shape
+        by_row, by_column = (
+            (taps @ axis.basis.flatten(1)).view(batch, *axis.basis.shape[1:]) for axis in (rows, columns)
+        )
+        upright = rows.cut(inputs.transpose(2, 3).reshape(batch, -1, rows.coarse))
+        tall = torch.bmm(upright, by_row.transpose(1, 2)).view(batch, channels, width, -1)[..., : rows.fine]
+        lines = columns.cut(tall.transpose(2, 3).reshape(batch, -1, columns.coarse))
+        outputs = torch.bmm(lines, by_column.transpose(1, 2))
+        self._channels = channels
+        self._axes = (columns, lines, by_column), (rows, upright, by_row)
+        self.outputs = outputs.view(batch, channels, rows.fine, -1)[..., : columns.fine]
+
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the outputs -> of inputs and taps."""
+        batch = len(gradient)
+        to_taps = gradient.new_zeros(batch, 4)
+        for axis, inputs, matrix in self._axes:
+            outputs = axis.basis.shape[1]
+            if axis.blocks * outputs > axis.fine:
+                gradient = F.pad(gradient, (0, axis.blocks * outputs - axis.fine))
+            gradient = gradient.reshape(batch, -1, outputs)
+            to_matrix = torch.bmm(gradient.transpose(1, 2), inputs)
+            to_taps.addmm_(to_matrix.flatten(1), axis.basis.flatten(1).T)
+            gradient = axis.glue(torch.bmm(gradient, matrix)).view(batch, self._channels, -1, axis.coarse)
+            gradient = gradient.transpose(2, 3)  # the lines of the other axis
+        return gradient, to_taps
+
+
+class _Convolved:
+    """A convolution at the edges of which the outermost values go on, each of a batch with weights of its own.
+
+    inputs (batch, in, h, w), weight (batch, out, in, k, k), bias (batch, out) -> outputs (batch, out, h, w); depthwise
+    where the weight's `in` is 1. As a matrix product with shifted copies: torch's convolutions are slow at so few
+    channels.
     """
 
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        batch, _, height, width = inputs.shape
-        kernel = weight.shape[3]
-        margin = kernel // 2
-        # Neighbours are at fixed distances in the flattened planes; what wraps around at the right edge is cut off.
-        stride = width + 2 * margin
-        count = height * stride - 2 * margin
-        starts = [y * stride + x for y in range(kernel) for x in range(kernel)]
-        flat = F.pad(inputs, (margin,) * 4, mode="replicate").flatten(2)
-        patches = flat
-        if margin:
-            patches = torch.stack([flat[:, :, start : start + count] for start in starts], 2).flatten(1, 2)
-        product = torch.baddbmm(bias[:, :, None], weight.flatten(2), patches)
-        ctx.save_for_backward(weight, patches)
-        ctx.geometry = margin, stride, count, starts
-        return F.pad(product, (0, 2 * margin)).view(batch, -1, height, stride)[..., :width]
+    def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self._shape = inputs.shape
+        if weight.shape[2] < inputs.shape[1]:  # depthwise: each channel is a convolution of its own
+            inputs, weight, bias = inputs.flatten(0, 1)[:, None], weight.flatten(0, 1)[:, None], bias.reshape(-1, 1)
+        self._weight, self._margin = weight, weight.shape[3] // 2
+        around = (self._margin, self._margin, self._margin, self._margin + 1)
+        self._patches = _patches(F.pad(inputs, around, mode="replicate") if self._margin else inputs, weight.shape[3])
+        outputs = torch.baddbmm(bias[:, :, None], weight.flatten(2), self._patches)
+        self.outputs = outputs.view(self._shape[0], -1, self._shape[2], outputs.shape[2] // self._shape[2])
+        self.outputs = self.outputs[..., : self._shape[3]]
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weight, patches = ctx.saved_tensors
-        margin, stride, count, starts = ctx.geometry
-        batch, _, channels = weight.shape[:3]
-        height = gradients[0].shape[2]
-        gradient = F.pad(gradients[0], (0, 2 * margin)).flatten(2)[..., :count]
-        to_weight = torch.bmm(gradient, patches.transpose(1, 2)).view_as(weight)
-        to_bias = gradient.sum(2)
-        to_patches = torch.bmm(weight.flatten(2).transpose(1, 2), gradient)
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the outputs -> of inputs, weight and bias."""
+        batch, outputs, height, width = gradient.shape
+        weight, margin = self._weight, self._margin
+        gradient = gradient.reshape(len(weight), -1, height, width)
+        flat = F.pad(gradient, (0, 2 * margin)).flatten(2)
+        to_weight = torch.bmm(flat, self._patches.transpose(1, 2)).view(batch, outputs, *weight.shape[2:])
+        to_bias = flat.sum(2).view(batch, outputs)
+        backwards = weight.flip(3, 4).transpose(1, 2).flatten(2)
         if not margin:
-            return to_patches.view(batch, channels, height, stride), to_weight, to_bias
-        to_patches = to_patches.view(batch, channels, len(starts), count)
-        flat = gradient.new_zeros(batch, channels, (height + 2 * margin) * stride)
-        for number, start in enumerate(starts):
-            flat[:, :, start : start + count] += to_patches[:, :, number]
-        padded = flat.view(batch, channels, height + 2 * margin, stride)
-        to_inputs = torch.ops.aten.replication_pad2d_backward(
-            padded, padded[:, :, margin:-margin, margin:-margin], [margin] * 4
-        )
-        return to_inputs, to_weight, to_bias
+            return torch.bmm(backwards, flat).view(self._shape), to_weight, to_bias
+        # The same convolution backwards: what an input gives to the outputs around it, the padding's included
+        around = (2 * margin, 2 * margin, 2 * margin, 2 * margin + 1)
+        to_inputs = torch.bmm(backwards, _patches(F.pad(gradient, around), weight.shape[3]))
+        to_inputs = to_inputs.view(len(weight), -1, height + 2 * margin, width + 4 * margin)[..., : width + 2 * margin]
+        inner = to_inputs[:, :, margin:-margin, margin:-margin]
+        to_inputs = torch.ops.aten.replication_pad2d_backward(to_inputs, inner, [margin] * 4)
+        return to_inputs.view(self._shape), to_weight, to_bias
 
 
-def _depthwise(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same with one input for each output, weight (batch, out, 1, k, k)."""
-    kernel = weight.shape[3]
-    padded = F.pad(inputs, (kernel // 2,) * 4, mode="replicate")
-    filters = weight.reshape(-1, 1, kernel, kernel)
-    outputs = F.conv2d(padded.reshape(1, -1, *padded.shape[2:]), filters, bias.reshape(-1), groups=len(filters))
-    return outputs.view_as(inputs)
+def _patches(padded: torch.Tensor, kernel: int) -> torch.Tensor:
+    """(batch, channels, h + 1, w) -> (batch, channels * kernel^2, (h - kernel + 1) * w).
+
+    The last row is there only to be read beyond the others' end, and so are kernel - 1 columns at the end of each row of
+    the result. A kernel of 1 needs neither.
+    """
+    flat = padded.flatten(2)
+    if kernel == 1:
+        return flat
+    width = padded.shape[3]
+    count = (padded.shape[2] - kernel) * width
+    starts = [y * width + x for y in range(kernel) for x in range(kernel)]
+    return torch.stack([flat[:, :, start : start + count] for start in starts], 2).flatten(1, 2)
 
 
-def grid_bits(canvas: torch.Tensor, networks: Networks, architecture: Architecture, layout: Canvas) -> torch.Tensor:
+class GridBits:
     """Bits that the ARM gives to all grid values of each function, (batch,).
 
     canvas: (batch, rows, stride), zero where the layout's mask is.
     """
-    levels = range(len(layout.shapes))
-    total = canvas.new_zeros(len(canvas))
-    for number, group in enumerate((range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)):
-        if layout.span(group).start == layout.span(group).stop:
-            continue
-        sizes = arm_sizes(architecture)[1:]
-        biases = networks[f"arm{number}.bias"].split(sizes, 1)
-        weights = [networks[f"arm{number}.weight{layer}"] for layer in range(len(sizes))]
-        scales = networks.get("grid_scales")
-        total = total + _GridBits.apply(canvas, layout, layout.span(group), scales, *weights, *biases)
-    return total
+
+    def __init__(self, canvas: torch.Tensor, networks: Networks, architecture: Architecture, layout: Canvas) -> None:
+        self._layout = layout
+        self._flat = canvas.flatten(1)
+        seen = F.pad(self._flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
+        levels = range(len(layout.shapes))
+        groups = (range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)
+        self._parts = [
+            _ArmBits(self._flat, seen, f"arm{number}", networks, architecture, layout, layout.span(group))
+            for number, group in enumerate(groups)
+            if layout.span(group).start < layout.span(group).stop
+        ]
+        self.bits = sum((part.bits for part in self._parts), canvas.new_zeros(len(canvas)))
+
+    def backward(self, price: torch.Tensor, to_networks: Networks, to_canvas: torch.Tensor) -> None:
+        """Adds the gradients of the bits, each function's multiplied by its `price`; `to_canvas` is as the canvas."""
+        lead = self._layout.lead
+        to_seen = to_canvas.new_zeros(len(to_canvas), lead + self._flat.shape[1])
+        for part in self._parts:
+            part.backward(price, to_networks, to_canvas.flatten(1), to_seen)
+        seen = torch.ops.aten.hardtanh_backward(to_seen[:, lead:], self._flat, -MAX_CONTEXT, MAX_CONTEXT)
+        to_canvas += seen.view_as(to_canvas)
 
 
-class _GridBits(torch.autograd.Function):
-    """The bits of a part of the canvas by one ARM: neighbours, layers, Laplace distribution, and their gradient."""
+class _ArmBits:
+    """The bits of a part of the canvas by one ARM: neighbours, layers, Laplace distribution."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        canvas: torch.Tensor,
+    def __init__(
+        self,
+        flat: torch.Tensor,
+        seen: torch.Tensor,
+        name: str,
+        networks: Networks,
+        architecture: Architecture,
         layout: Canvas,
         span: slice,
-        scales: torch.Tensor | None,
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        batch, start, count = len(canvas), span.start, span.stop - span.start
-        flat = canvas.flatten(1)
-        seen = F.pad(flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
-        first = layout.lead + start
+    ) -> None:
+        self._name, self._layout, self._span = name, layout, span
+        sizes = arm_sizes(architecture)[1:]
+        biases = networks[f"{name}.bias"].split(sizes, 1)
+        self._matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(len(sizes))]
+        for matrix in self._matrices[:-1]:
+            matrix.diagonal(dim1=1, dim2=2).add_(1)  # hidden layers add to their inputs (specification, "Layers")
+
+        batch, first, count = len(flat), layout.lead + span.start, span.stop - span.start
         inputs = [seen[:, first + distance : first + distance + count] for distance in layout.neighbours]
         inputs += [seen[:, layout.lead + index[span]] for index in layout.extras]
-        activations = [torch.stack(inputs, 1) if inputs else seen.new_zeros(batch, 0, count)]
-        matrices = [weight + torch.eye(*weight.shape[1:], device=weight.device) for weight in weights[:-1]]
-        for matrix, bias in zip(matrices, biases, strict=False):
-            hidden = torch.baddbmm(bias[:, :, None], matrix, activations[-1])
-            activations.append(hidden.clamp_(0, LARGEST_ACTIVATION))
-        mean, log_scale = torch.baddbmm(biases[-1][:, :, None], weights[-1], activations[-1]).unbind(1)
-        if scales is not None:
-            rows = layout.planes[start // layout.stride : span.stop // layout.stride]
-            log_scale = (log_scale.view(batch, -1, layout.stride) + scales[:, rows, None]).flatten(1)
-        mask = layout.mask.flatten()[span]
-        bits, by_distance, by_scale = _laplace(flat[:, span] - mean, log_scale, mask)
-        ctx.save_for_backward(canvas, by_distance, by_scale, scales, *weights[-1:], *matrices, *activations)
-        ctx.layout, ctx.span, ctx.layers = layout, span, len(weights)
-        return bits.sum(1)
+        self._activations = [torch.stack(inputs, 1) if inputs else seen.new_zeros(batch, 0, count)]
+        for matrix, bias in zip(self._matrices[:-1], biases[:-1], strict=True):
+            hidden = torch.baddbmm(bias[:, :, None], matrix, self._activations[-1])
+            self._activations.append(hidden.clamp_(0, LARGEST_ACTIVATION))
+        outputs = torch.baddbmm(biases[-1][:, :, None], self._matrices[-1], self._activations[-1])
+        mean, self._log_scale = outputs.unbind(1)
+        self._rows = layout.planes[span.start // layout.stride : span.stop // layout.stride]
+        self._has_scales = "grid_scales" in networks
+        if self._has_scales:
+            scales = networks["grid_scales"][:, self._rows, None]
+            self._log_scale = (self._log_scale.view(batch, -1, layout.stride) + scales).flatten(1)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        canvas, by_distance, by_scale, scales, last, *rest = ctx.saved_tensors
-        layout, span, layers = ctx.layout, ctx.span, ctx.layers
-        matrices, activations = [*rest[: layers - 1], last], rest[layers - 1 :]
-        batch, start, count = len(canvas), span.start, span.stop - span.start
-        by_distance, by_scale = by_distance * gradients[0][:, None], by_scale * gradients[0][:, None]
+        # Laplace, of scale 2^log_scale: the probability of the unit interval around a value is (1 - far) / 2 on one
+        # side of the mean, and (1 - near) / 2 on the other if the mean is in the interval
+        self._rate = self._log_scale.clamp(LOG_SCALE_LOW, LOG_SCALE_HIGH).neg_().exp2_()
+        self._difference = flat[:, span] - mean
+        self._outer = self._difference.abs()
+        self._inner = 0.5 - self._outer
+        self._outer += 0.5
+        self._near = self._inner.abs().neg_().mul_(self._rate).exp_()
+        self._far = (self._outer * self._rate).neg_().exp_()
+        self._probability = (1 - self._far).addcmul_(self._inner.sign(), 1 - self._near).mul_(0.5)
+        self._probability.clamp_min_(SMALLEST_PROBABILITY)
+        self.bits = -(torch.log2(self._probability) @ layout.mask.flatten()[span])
 
-        to_scales = None
-        if scales is not None:
-            rows = layout.planes[start // layout.stride : span.stop // layout.stride]
+    def backward(
+        self, price: torch.Tensor, to_networks: Networks, to_flat: torch.Tensor, to_seen: torch.Tensor
+    ) -> None:
+        """Adds gradients; `to_seen` is of the canvas behind `lead` zeros, as neighbours see it."""
+        layout, span, rate = self._layout, self._span, self._rate
+        batch, first, count = len(to_flat), layout.lead + span.start, span.stop - span.start
+        slope = (layout.mask.flatten()[span] * price[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
+        # No gradient from where the probability is at its floor
+        slope = torch.ops.aten.threshold_backward(slope, self._probability, SMALLEST_PROBABILITY).mul_(rate)
+        by_scale = (self._inner * self._near).addcmul_(self._outer, self._far).mul_(slope).mul_(-math.log(2))
+        by_scale = torch.ops.aten.hardtanh_backward(by_scale, self._log_scale, LOG_SCALE_LOW, LOG_SCALE_HIGH)
+        by_mean = (self._near - self._far).mul_(self._difference.sign()).mul_(slope)
+        to_flat[:, span] -= by_mean
+
+        if self._has_scales:
             to_rows = by_scale.view(batch, -1, layout.stride).sum(2)
-            to_scales = torch.zeros_like(scales).index_add_(1, rows, to_rows)
-        to_weights, to_biases = [], []
-        gradient = torch.stack([-by_distance, by_scale], 1)
-        for matrix, inputs in zip(reversed(matrices), reversed(activations), strict=True):
-            to_weights.append(torch.bmm(gradient, inputs.transpose(1, 2)))
+            to_networks["grid_scales"].index_add_(1, self._rows, to_rows)
+        to_biases = []
+        gradient = torch.stack([by_mean, by_scale], 1)
+        for layer in range(len(self._matrices) - 1, -1, -1):
+            inputs = self._activations[layer]
+            to_networks[f"{self._name}.weight{layer}"] += torch.bmm(gradient, inputs.transpose(1, 2))
             to_biases.append(gradient.sum(2))
-            gradient = torch.bmm(matrix.transpose(1, 2), gradient)
-            if inputs is not activations[0]:
+            gradient = torch.bmm(self._matrices[layer].transpose(1, 2), gradient)
+            if layer:
                 gradient = torch.ops.aten.hardtanh_backward(gradient, inputs, 0, LARGEST_ACTIVATION)
+        to_networks[f"{self._name}.bias"] += torch.cat(to_biases[::-1], 1)
 
-        flat = canvas.flatten(1)
-        seen = canvas.new_zeros(batch, layout.lead + flat.shape[1])
-        first = layout.lead + start
         for number, distance in enumerate(layout.neighbours):
-            seen[:, first + distance : first + distance + count] += gradient[:, number]
+            to_seen[:, first + distance : first + distance + count] += gradient[:, number]
         for number, index in enumerate(layout.extras, len(layout.neighbours)):
-            seen.index_add_(1, layout.lead + index[span], gradient[:, number])
-        to_canvas = torch.ops.aten.hardtanh_backward(seen[:, layout.lead :], flat, -MAX_CONTEXT, MAX_CONTEXT)
-        to_canvas[:, span] += by_distance
-        to_parameters = [*reversed(to_weights), *reversed(to_biases)]
-        return to_canvas.view_as(canvas), None, None, to_scales, *to_parameters
-
-
-def _laplace(
-    difference: torch.Tensor, log_scale: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bits of unit intervals around `difference` from the mean of Laplace distributions of scale 2^log_scale.
-
-    Also their derivatives by the difference and by the logarithm of the scale. All (batch, n), zero where the mask is.
-    """
-    rate = torch.exp2(-log_scale.clamp(LOG_SCALE_LOW, LOG_SCALE_HIGH))
-    distance = difference.abs()
-    inner, outer = 0.5 - distance, 0.5 + distance
-    near = torch.exp(-inner.abs() * rate)
-    far = torch.exp(-outer * rate)
-    # (1 - far) / 2 on one side of the mean, and (1 - near) / 2 on the other if the mean is in the interval
-    probability = (1 - far).addcmul_(inner.sign(), 1 - near).mul_(0.5).clamp_min_(SMALLEST_PROBABILITY)
-    bits = -torch.log2(probability) * mask
-    # No gradient from where the probability is at its floor
-    slope = torch.ops.aten.threshold_backward(mask / (probability * -math.log(2)), probability, SMALLEST_PROBABILITY)
-    slope = slope * rate
-    by_distance = slope * (far - near) * difference.sign() * 0.5
-    by_scale = slope * (inner * near + outer * far) * (-0.5 * math.log(2))
-    by_scale = torch.ops.aten.hardtanh_backward(by_scale, log_scale, LOG_SCALE_LOW, LOG_SCALE_HIGH)
-    return bits, by_distance, by_scale
+            to_seen.index_add_(1, layout.lead + index[span], gradient[:, number])
 
 
 class Packing:
@@ -247,11 +311,12 @@ class Packing:
         """The inverse of `split`, copied."""
         return torch.cat([networks[group.name].flatten(1) for group in self.groups], 1)
 
-    def bits(self, vectors: torch.Tensor) -> torch.Tensor:
-        """A differentiable estimate of the networks' bits, up to a constant, (batch,): Laplace, one scale a group.
+    def bits_gradient(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The gradient of an estimate of the networks' bits, as `vectors`: Laplace, one scale a group.
 
         n values of mean magnitude m, quantised with a fine step s, cost about n log2(2 e m / s) bits; a step of 2^-6
         is added to the magnitude where the values are near zero.
         """
-        magnitudes = (vectors - self.defaults).abs() @ self._averages
-        return torch.log2(magnitudes * 64 + 1) @ self._counts
+        differences = vectors - self.defaults
+        magnitudes = differences.abs() @ self._averages
+        return differences.sign() * ((64 * self._counts / math.log(2) / (64 * magnitudes + 1)) @ self._averages.T)

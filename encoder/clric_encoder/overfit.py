@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
 from .canvas import Canvas
-from .function import Networks, Packing, grid_bits, synthesize
+from .function import GridBits, Networks, Packing, Synthesis
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
@@ -206,39 +207,43 @@ class _Trainer:
         targets = self.latents if owners is None else self.latents[owners]
         lmbdas = [self.lmbdas[owner] for owner in owners or range(len(self.lmbdas))]
         prices = torch.tensor(lmbdas, device=self.device) / self.pixels
-        draw = torch.rand if stage.rounding == "uniform" else torch.randn
+        noise = _Noise(state, stage.rounding, self.layout.mask.shape)
+        to_canvas, to_vectors = torch.empty_like(state.canvas), torch.empty_like(state.vectors)
+        networks, to_networks = self.packing.split(state.vectors), self.packing.split(to_vectors)
         for iteration in range(iterations):
             position = iteration / stage.iterations
-            canvas = state.canvas.detach().requires_grad_()
-            vectors = state.vectors.detach().requires_grad_(not fixed)
             if stage.rounding == "hard":
-                rounded = round_straight_through(canvas)
+                rounded, slope = round_straight_through(state.canvas)
+            elif stage.rounding == "uniform":
+                rounded, slope = add_uniform_noise(state.canvas, noise.draw())
             else:
-                shape = canvas.shape[1:]
-                noise = torch.stack([draw(shape, generator=g, device=self.device) for g in state.generators])
-                if stage.rounding == "uniform":
-                    rounded = add_uniform_noise(canvas, noise)
-                else:
-                    temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
-                    rounded = soft_round_with_noise(canvas, noise, temperature, sigma)
-            rounded = rounded * self.layout.mask
-            networks = self.packing.split(vectors)
-            bits = grid_bits(rounded, networks, self.architecture, self.layout)
-            latents = synthesize(rounded, networks, self.architecture, self.layout)
-            distortions = (latents - targets).square().mean((1, 2, 3))
-            losses = distortions + prices * bits
-            objective = losses if fixed else losses + prices * self.packing.bits(vectors)
-            objective.sum().backward()
+                temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
+                rounded, slope = soft_round_with_noise(state.canvas, noise.draw(), temperature, sigma)
+            rounded *= self.layout.mask
+            grid_bits = GridBits(rounded, networks, self.architecture, self.layout)
+            synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
+            errors = synthesis.latents - targets
+            distortions = errors.square().mean((1, 2, 3))
+            losses = distortions + prices * grid_bits.bits
+
+            torch.mul(self.packing.bits_gradient(state.vectors), prices[:, None], out=to_vectors)
+            to_canvas.zero_()
+            grid_bits.backward(prices, to_networks, to_canvas)
+            synthesis.backward(errors.mul_(2 / errors[0].numel()), to_networks, to_canvas)
+            to_canvas *= self.layout.mask
+            if slope is not None:
+                to_canvas *= slope
             state.steps += 1
-            _adam(state.canvas, canvas.grad, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
-            _adam(state.vectors, vectors.grad, state.moments[2:], state.steps, _cosine(stage.network_rate, position))
+            _adam(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
+            if not fixed:
+                _adam(state.vectors, to_vectors, state.moments[2:], state.steps, _cosine(stage.network_rate, position))
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
-                state.losses = losses.detach().cpu()
+                state.losses = losses.cpu()
                 self.last = Progress(
                     name,
                     self.done + (iteration + 1) * self.share(state),
                     self.preset.iterations,
-                    bits.mean().item() / self.pixels,
+                    grid_bits.bits.mean().item() / self.pixels,
                     distortions.mean().item(),
                 )
                 self.report(self.last)
@@ -264,15 +269,31 @@ class _Trainer:
         ]
 
 
-def _adam(
-    values: torch.Tensor, gradient: torch.Tensor | None, moments: list[torch.Tensor], steps: int, rate: float
-) -> None:
-    """One step of Adam (Kingma and Ba, 2015), in place; nothing without a gradient."""
-    if gradient is None:
-        return
+class _Noise:
+    """Random numbers for the functions of a state: windows of a pool that is drawn once, as drawing takes long."""
+
+    POOL = 16  # canvases
+
+    def __init__(self, state: _State, rounding: str, shape: torch.Size) -> None:
+        if rounding != "hard":
+            draw = torch.rand if rounding == "uniform" else torch.randn
+            count = self.POOL * shape.numel()
+            pools = [draw(count, generator=generator, device=generator.device) for generator in state.generators]
+            self._pool = torch.stack(pools)
+        self._shape = shape
+        self._random = random.Random(state.steps)
+
+    def draw(self) -> torch.Tensor:
+        """(batch, *shape)."""
+        start = self._random.randrange((self.POOL - 1) * self._shape.numel())
+        return self._pool[:, start : start + self._shape.numel()].unflatten(1, self._shape)
+
+
+def _adam(values: torch.Tensor, gradient: torch.Tensor, moments: list[torch.Tensor], steps: int, rate: float) -> None:
+    """One step of Adam (Kingma and Ba, 2015), in place."""
     mean, square = moments
     mean.lerp_(gradient, 1 - BETAS[0])
-    square.lerp_(gradient.square(), 1 - BETAS[1])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
     scale = math.sqrt(1 - BETAS[1] ** steps)
     values.addcdiv_(mean, square.sqrt().add_(1e-8 * scale), value=-rate * scale / (1 - BETAS[0] ** steps))
 

@@ -15,7 +15,7 @@ from clric_decoder.bitstream import Architecture
 from clric_decoder.networks import Group, Parameters, integer_bits, parameter_groups
 
 from .canvas import Canvas
-from .function import Networks, grid_bits, synthesize
+from .function import GridBits, Networks, Synthesis
 
 GROUP_BITS = 8  # exponent and scale code
 
@@ -46,8 +46,8 @@ def quantize_networks(
         """What the grids (for the ARM) or the latent (for the rest) cost with other values of one group."""
         trial = {**current, group.name: values[None].to(latent.device)}
         if group.name.startswith("arm") or group.name == "grid_scales":
-            return weight * grid_bits(canvas, trial, architecture, layout).item()
-        return (synthesize(canvas, trial, architecture, layout) - latent).square().mean().item()
+            return weight * GridBits(canvas, trial, architecture, layout).bits.item()
+        return (Synthesis(canvas, trial, architecture, layout).latents - latent).square().mean().item()
 
     quantized = []
     with torch.no_grad():

