@@ -7,19 +7,25 @@ import contextlib
 import io
 import json as json_format
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 from clric_decoder.bitstream import MAX_PIXELS, read_header
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
-from clric_decoder.terminal import choose_outputs, for_each, print_error, run_command
+from clric_decoder.terminal import choose_outputs, print_error, run_command
 
 from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from .autoencoder import ImageEncoder
+    from .encoding import Encoded
     from .overfit import Progress
 
 NAME = "clric-enc"
@@ -27,12 +33,36 @@ NAME = "clric-enc"
 # No image file within the limit of pixels is longer: 4 channels of 16 bits, uncompressed.
 INPUT_LIMIT = 8 * MAX_PIXELS
 
+# Latents that wait for others of their size to be trained with.
+MAX_WAITING = 256
+
+
+class _Bytes(click.ParamType):
+    """A number of bytes: 5000, 8kB, 1.5MB."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(|k|M)B?", str(value), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is no number of bytes, such as 5000 or 8kB", param, ctx)
+        number = int(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()])
+        if not 1 <= number <= 10**9:
+            self.fail(f"{value} is not within 1 to 1000MB", param, ctx)
+        return number
+
 
 @click.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="OUT", help="Stream, or folder for several; - is standard output.")
+@click.option(
+    "--quality",
+    type=click.FloatRange(0, 100),
+    help="0 to 100: lambda is 0.5 * 10^((50 - quality) / 40).  [default: 50]",
+)
 @click.option("--lambda", "lmbda", type=float, help="Weight of the rate: loss = latent MSE + lambda * bpp.")
-@click.option("--quality", type=click.FloatRange(0, 100), help="The same from 0 to 100.  [default: 50]")
+@click.option("--bpp", type=float, help="Largest size, in bits per pixel; files come to within 3 %.")
+@click.option("--bytes", "size", type=_Bytes(), help="Largest size of a file, such as 5000 or 8kB.")
 @click.option("--vae", metavar="NAME", default="lite", show_default=True, help="Autoencoder, or a distilled encoder.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -44,87 +74,200 @@ INPUT_LIMIT = 8 * MAX_PIXELS
     help="Of all that is random in the training.",
 )
 @click.option("--models", metavar="DIR", help="Folder in which to look for weights first.")
+@click.option(
+    "-f", "--force", is_flag=True, help="Of several images, encode those too whose streams are newer than they."
+)
 @click.option("--json", is_flag=True, help="Print one line of JSON for each image to standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
     images: tuple[str, ...],
     output: str | None,
-    lmbda: float | None,
     quality: float | None,
+    lmbda: float | None,
+    bpp: float | None,
+    size: int | None,
     vae: str,
     preset: str,
     device: str,
     seed: int,
     models: str | None,
+    force: bool,
     json: bool,
     quiet: bool,
 ) -> int:
     """Encode images to .clric streams (IMAGE with the suffix .clric where no -o is given).
 
-    IMAGE may be - for standard input.
+    IMAGE may be - for standard input. Several images of one size are trained together, in less time for each; those
+    whose stream is newer than they are left as they are, so that a run that was stopped goes on.
     """
-    if lmbda is not None and quality is not None:
-        raise click.UsageError("--lambda and --quality are two names for one thing: give one of them")
+    if sum(value is not None for value in (quality, lmbda, bpp, size)) > 1:
+        raise click.UsageError("--quality, --lambda, --bpp and --bytes are names for one thing: give one of them")
     if lmbda is not None and not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:  # not click.FloatRange, which takes nan
         raise click.UsageError(f"--lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+    if bpp is not None and not 0 < bpp <= 100:
+        raise click.UsageError(f"--bpp is {bpp:g}; it must be above 0 and at most 100")
     places = choose_outputs(images, output, ".clric")
     if json and STANDARD in places:
         raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
 
-    def encode_one(source: str, place: str) -> None:
-        check_output(place)
-        from clric_decoder.image import read_image
+    jobs = list(zip(images, places, strict=True))
+    if len(jobs) > 1 and not force:
+        stale = [job for job in jobs if not _is_newer(*job)]
+        if len(stale) < len(jobs) and not quiet:
+            print_error(NAME, f"{len(jobs) - len(stale)} streams are newer than their images; --force encodes them too")
+        jobs = stale
+    with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
+        batches = _Batches((lmbda, quality, size, bpp), vae, preset, device, seed, models, json, quiet, view)
+        try:
+            for source, place in jobs:
+                batches.add(source, place)
+            batches.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
+            return 1
+    for source, message in batches.failures:
+        print_error(NAME, message, source)
+    return 1 if batches.failures else 0
 
-        image, notes = read_image(io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source)
-        for note in notes if not quiet else ():
-            print_error(NAME, note, source)
-        last: list[Progress] = []
-        with _live_view(source, show=not quiet) as view:
 
-            def report(progress: "Progress") -> None:
-                last[:] = [progress]
-                view(progress)
+def _is_newer(source: str, place: str) -> bool:
+    """Whether a stream is there that is not older than its image."""
+    try:
+        return os.path.isfile(place) and os.path.getmtime(place) >= os.path.getmtime(source)
+    except OSError:
+        return False
 
-            encode = _encode()
-            try:
-                data = encode(
-                    image,
-                    vae=vae,
-                    lmbda=lmbda,
-                    quality=quality,
-                    preset=preset,
-                    device=device,
-                    seed=seed,
-                    models=models,
-                    progress=report,
-                )
-            except RuntimeError as error:  # torch's, of a device or of memory
-                raise _torch_failed(error) from error
-        write_output(place, data)
-        facts = _facts(source, place, data, last[-1])
-        if json:
+
+@dataclass
+class _Waiting:
+    """An image whose latent waits for others of its size."""
+
+    source: str
+    place: str
+    latent: "np.ndarray"
+    width: int
+    height: int
+
+
+@dataclass
+class _Batches:
+    """Reads images, and encodes those of one latent size together.
+
+    rate: lambda, quality, size and bpp, of which one at most is given. failures: images with what is wrong with them.
+    """
+
+    rate: tuple[float | None, float | None, int | None, float | None]
+    vae: str
+    preset: str
+    device: str
+    seed: int
+    models: str | None
+    json: bool
+    quiet: bool
+    view: "_View"
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    _waiting: dict[tuple[int, ...], list[_Waiting]] = field(default_factory=dict)
+    _encoder: "ImageEncoder | None" = None
+
+    def add(self, source: str, place: str) -> None:
+        """Reads an image and encodes it, as soon as there are enough of its size."""
+        with self._failing(source):
+            check_output(place)
+            from clric_decoder.image import read_image
+
+            image, notes = read_image(io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source)
+            for note in notes if not self.quiet else ():
+                print_error(NAME, note, source)
+            with _libraries():
+                from . import encoding
+                from .autoencoder import load_encoder
+            self.view.start(source)
+            with _torch():
+                height, width = encoding.check_image(image)
+                device = encoding.find_device(self.device)
+                self._encoder = self._encoder or load_encoder(self.vae, models=self.models, device=device)
+                latent = self._encoder.encode(image)
+                encoding.check_latent(latent, width, height, self._encoder.space)
+                limit = encoding.batch_size(latent.shape, PRESETS[self.preset], device)
+            group = self._waiting.setdefault(latent.shape, [])
+            group.append(_Waiting(source, place, latent, width, height))
+            if len(group) >= limit:
+                self._encode(self._waiting.pop(latent.shape))
+            elif sum(map(len, self._waiting.values())) >= MAX_WAITING:
+                self._encode(self._waiting.pop(max(self._waiting, key=lambda shape: len(self._waiting[shape]))))
+
+    def flush(self) -> None:
+        """Encodes what still waits."""
+        while self._waiting:
+            self._encode(self._waiting.pop(next(iter(self._waiting))))
+
+    def _encode(self, group: list[_Waiting]) -> None:
+        with self._failing(*(image.source for image in group)), _torch():
+            import numpy as np
+
+            from .encoding import choose_rate, encode_latents, find_device
+
+            assert self._encoder is not None
+            results = encode_latents(
+                np.stack([image.latent for image in group]),
+                [(image.width, image.height) for image in group],
+                self._encoder.space,
+                choose_rate(*self.rate),
+                preset=self.preset,
+                device=find_device(self.device),
+                seed=self.seed,
+                progress=lambda progress: self.view.move([image.source for image in group], progress),
+            )
+            for image, encoded in zip(group, results, strict=True):
+                with self._failing(image.source):
+                    self._write(image, encoded)
+        self.view.finish(len(group))
+
+    def _write(self, image: _Waiting, encoded: "Encoded") -> None:
+        write_output(image.place, encoded.data)
+        facts = _facts(image.source, image.place, encoded)
+        if encoded.note and not self.quiet:
+            print_error(NAME, encoded.note, image.source)
+        if self.json:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
-        elif not quiet and sys.stderr is not None:
+        elif not self.quiet and sys.stderr is not None:
             print(
-                f"{source} -> {place}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
-                f"latent MSE in training {facts['training_distortion']:.4f}",
+                f"{image.source} -> {image.place}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
+                f"latent MSE {facts['latent_mse']:.4f}",
                 file=sys.stderr,
             )
 
-    return for_each(NAME, zip(images, places, strict=True), encode_one)
+    @contextlib.contextmanager
+    def _failing(self, *sources: str) -> Iterator[None]:
+        """Around work on these images: what goes wrong is kept for the end, and the others go on."""
+        try:
+            yield
+        except (ClricError, MemoryError) as error:
+            reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
+            self.failures += [(source, reason) for source in sources]
 
 
-def _encode() -> Callable[..., bytes]:
-    """`encode`, imported now; raises ClricError where what the encoder depends on is missing or broken."""
+@contextlib.contextmanager
+def _libraries() -> Iterator[None]:
+    """Around imports: ClricError where what the encoder depends on is missing or broken."""
     # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        from .encoding import encode
+        yield
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     except (ImportError, OSError) as error:  # a library of torch's that is missing, or of another machine
         raise ClricError(f"the encoder's libraries cannot be loaded ({one_line(error)}); install them again") from error
-    return encode
+
+
+@contextlib.contextmanager
+def _torch() -> Iterator[None]:
+    """Around computation: ClricError for torch's errors, of a device or of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _torch_failed(error) from error
 
 
 def _torch_failed(error: RuntimeError) -> ClricError:
@@ -139,9 +282,9 @@ def _not_installed(error: ModuleNotFoundError) -> ClricError:
     return ClricError(f"{error.name} is not installed; run: pip install 'clric[encoder]'")
 
 
-def _facts(source: str, place: str, data: bytes, last: "Progress") -> dict[str, Any]:
-    """What --json prints; ``training_distortion`` is the latent's mean squared error as training ended."""
-    header = read_header(data)
+def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
+    """What --json prints; ``latent_mse`` is the mean squared error of the decoded latent."""
+    header = read_header(encoded.data)
     return {
         "file": source,
         "output": place,
@@ -150,45 +293,74 @@ def _facts(source: str, place: str, data: bytes, last: "Progress") -> dict[str, 
         "latent_space": header.space,
         "bytes": header.total_bytes,
         "bpp": header.bpp,
-        "training_distortion": last.distortion,
+        "lambda": encoded.lmbda,
+        "latent_mse": encoded.latent_mse,
     }
 
 
-@contextlib.contextmanager
-def _live_view(source: str, show: bool) -> "Iterator[Callable[[Progress], None]]":
-    """A bar on standard error, if that is a terminal: stage, iterations, estimates, time left.
+class _View:
+    """What a run shows of its progress: nothing, as it stands."""
 
-    Gives the function that moves it.
-    """
+    def start(self, source: str) -> None:
+        """An image's latent is computed."""
+
+    def move(self, sources: list[str], progress: "Progress") -> None:
+        """A batch is trained."""
+
+    def finish(self, count: int) -> None:
+        """A batch of so many images is done, or has failed."""
+
+
+class _Bar(_View):
+    """A bar on a terminal: images done, what is being done, estimates, time left."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task, self._done = bar, task, 0
+
+    def start(self, source: str) -> None:
+        self._bar.update(self._task, description=f"{self._escape(source)}  autoencoder", estimate="")
+
+    def move(self, sources: list[str], progress: "Progress") -> None:
+        name = self._escape(sources[0]) + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+        self._bar.update(
+            self._task,
+            description=f"{name}  {progress.stage}",
+            completed=self._done + len(sources) * progress.iteration / progress.iterations,
+            done=self._done,
+            estimate=f"about {progress.bpp:.4f} bpp, latent MSE {progress.distortion:.4f}",
+        )
+
+    def finish(self, count: int) -> None:
+        self._done += count
+        self._bar.update(self._task, completed=self._done, done=self._done)
+
+    @staticmethod
+    def _escape(source: str) -> str:
+        from rich.markup import escape
+
+        return escape(source)
+
+
+@contextlib.contextmanager
+def _live_view(images: int, show: bool) -> Iterator[_View]:
+    """A bar on standard error, if that is a terminal."""
     if not (show and sys.stderr is not None and sys.stderr.isatty()):
-        yield lambda progress: None
+        yield _View()
         return
     try:
         import rich.progress
         from rich.console import Console
-        from rich.markup import escape
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     columns = (
-        rich.progress.TextColumn(f"{escape(source)}  {{task.description}}"),
+        rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[done]} of {task.total}"),
         rich.progress.TextColumn("{task.fields[estimate]}"),
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("autoencoder", total=None, estimate="")
-
-        def move(progress: "Progress") -> None:
-            bar.update(
-                task,
-                description=progress.stage,
-                completed=progress.iteration,
-                total=progress.iterations,
-                estimate=f"about {progress.bpp:.4f} bpp, latent MSE {progress.distortion:.4f}",
-            )
-
-        yield move
+        yield _Bar(bar, bar.add_task("", total=images, estimate="", done=0))
 
 
 def main() -> None:

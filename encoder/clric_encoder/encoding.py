@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,12 +17,17 @@ from clric_decoder.models import LATENT_SPACES
 from clric_decoder.synthesis import synthesize
 
 from .autoencoder import load_encoder
-from .overfit import Function, Report, overfit
-from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
+from .overfit import Function, Report, Targets, overfit
+from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS, Preset
+from .rate import LEAST
 
 DEFAULT_QUALITY = 50.0
+ONE_RATE = "lambda, quality, bytes and bpp are names for one thing; give one of them"
 MAX_LATENT = 1e4  # real ones have a deviation near 1
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
+
+# More grid values at once gain nothing on a CPU; a GPU takes what its memory holds at so many bytes a value.
+CPU_VALUES, VALUE_BYTES = 250_000, 1000
 
 
 def quality_to_lambda(quality: float) -> float:
@@ -29,12 +37,65 @@ def quality_to_lambda(quality: float) -> float:
     return 0.5 * 10 ** ((50 - quality) / 40)
 
 
+@dataclass(frozen=True)
+class Rate:
+    """What decides how large a file becomes: lambda, the weight of the rate, or a size. One of the three is given.
+
+    lmbda: of the loss latent MSE + lmbda * bpp. size: bytes. bpp: bits per pixel of the image.
+    """
+
+    lmbda: float | None = None
+    size: int | None = None
+    bpp: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.lmbda, self.size, self.bpp)) != 1:
+            raise ClricError(ONE_RATE)
+        if self.lmbda is not None and not MIN_LAMBDA <= self.lmbda <= MAX_LAMBDA:
+            raise ClricError(f"lambda is {self.lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+        if self.size is not None and self.size < 1:
+            raise ClricError(f"a file of {self.size} bytes cannot be; name at least 1")
+        if self.bpp is not None and not 0 < self.bpp <= 100:
+            raise ClricError(f"{self.bpp:g} bpp cannot be; it must be above 0 and at most 100")
+
+    def bytes(self, pixels: int) -> int | None:
+        """The largest file that was asked for, if a size was."""
+        return self.size if self.bpp is None else max(1, int(self.bpp * pixels / 8))
+
+
+def choose_rate(lmbda: float | None, quality: float | None, size: int | None, bpp: float | None) -> Rate:
+    """The rate that at most one of these names; raises ClricError for more than one, and for what is out of range."""
+    if quality is None and (lmbda, size, bpp) == (None, None, None):
+        quality = DEFAULT_QUALITY
+    if quality is not None and (lmbda, size, bpp) == (None, None, None):
+        return Rate(quality_to_lambda(quality))
+    if quality is not None:
+        raise ClricError(ONE_RATE)
+    return Rate(lmbda, size, bpp)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A stream, with what it was made with and came to.
+
+    lmbda: at the end of training. latent_mse: of the decoded latent. note: where the size that was asked for could not
+    be met, a sentence about what was done instead.
+    """
+
+    data: bytes
+    lmbda: float
+    latent_mse: float
+    note: str | None
+
+
 def encode(
     image: np.ndarray,
     *,
     vae: str = "lite",
     lmbda: float | None = None,
     quality: float | None = None,
+    size: int | None = None,
+    bpp: float | None = None,
     preset: str = "default",
     device: str = "auto",
     seed: int = 0,
@@ -43,19 +104,16 @@ def encode(
 ) -> bytes:
     """The stream of an image (H, W, 3) uint8 RGB.
 
-    lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (50 where neither is given).
+    lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (50 where nothing is given); or the
+    largest size in bytes, or in bits per pixel, which the file comes to within 3 %. A size that cannot be met is warned
+    of (UserWarning).
     vae, models: the autoencoder by name, and a folder to look for its weights in first.
     preset: a name in `presets.PRESETS`. device: auto, cpu or cuda. progress: called with `overfit.Progress`.
     Raises ClricError and its subclasses.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ClricError(f"the image is {image.shape} {image.dtype}; it must be (height, width, 3) uint8")
-    height, width = image.shape[:2]
-    if not 1 <= min(height, width) <= max(height, width) <= bitstream.MAX_SIDE:
-        raise ClricError(f"the image is {width} x {height}; a side must be within 1 to {bitstream.MAX_SIDE}")
-    if lmbda is not None and quality is not None:
-        raise ClricError("lambda and quality are two names for one thing; give one of them")
-    device = _device(device)
+    height, width = check_image(image)
+    rate = choose_rate(lmbda, quality, size, bpp)
+    device = find_device(device)
     encoder = load_encoder(vae, models=models, device=device)
     latent = encoder.encode(image)
     return encode_latent(
@@ -63,7 +121,9 @@ def encode(
         width=width,
         height=height,
         space=encoder.space,
-        lmbda=quality_to_lambda(DEFAULT_QUALITY if quality is None else quality) if lmbda is None else lmbda,
+        lmbda=rate.lmbda,
+        size=rate.size,
+        bpp=rate.bpp,
         preset=preset,
         device=device,
         seed=seed,
@@ -77,7 +137,9 @@ def encode_latent(
     width: int,
     height: int,
     space: str,
-    lmbda: float,
+    lmbda: float | None = None,
+    size: int | None = None,
+    bpp: float | None = None,
     preset: str = "default",
     device: str = "cpu",
     seed: int = 0,
@@ -87,10 +149,100 @@ def encode_latent(
 
     The other arguments are those of `encode`.
     """
+    check_latent(latent, width, height, space)
+    (encoded,) = encode_latents(
+        latent[None],
+        [(width, height)],
+        space,
+        Rate(lmbda, size, bpp),
+        preset=preset,
+        device=find_device(device),
+        seed=seed,
+        progress=progress,
+    )
+    if encoded.note:
+        warnings.warn(encoded.note, stacklevel=2)
+    return encoded.data
+
+
+def encode_latents(
+    latents: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+    space: str,
+    rate: Rate,
+    *,
+    preset: str = "default",
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Report | None = None,
+) -> list[Encoded]:
+    """The streams of a batch of latents (batch, C, h, w) float32, trained together, of images (width, height)."""
     if preset not in PRESETS:
         raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
-    if not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:
-        raise ClricError(f"lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+    pixels = [width * height for width, height in sizes]
+
+    def stream(function: Function, number: int) -> bytes:
+        width, height = sizes[number]
+        return bitstream.write(
+            width=width,
+            height=height,
+            space=space,
+            channels=latents.shape[1],
+            architecture=function.architecture,
+            segments=encode_grids(function.networks, function.grids, function.architecture),
+        )
+
+    limits = [rate.bytes(count) for count in pixels]
+    targets = None
+    if rate.lmbda is None:
+        targets = Targets([limit or 0 for limit in limits], lambda function, i: len(stream(function, i)))
+    functions = overfit(
+        latents,
+        [rate.lmbda or 1.0] * len(latents),
+        pixels,
+        PRESETS[preset],
+        targets=targets,
+        seed=seed,
+        device=device,
+        report=progress,
+    )
+    result = []
+    for number, (function, latent, limit) in enumerate(zip(functions, latents, limits, strict=True)):
+        data = stream(function, number)
+        error = float(np.square(_decoded(data, function) - latent).mean())
+        note = None
+        if limit is not None and len(data) > limit:
+            note = f"no smaller stream than {len(data)} bytes was found; {limit} were asked for"
+        elif limit is not None and len(data) < LEAST * limit:
+            note = f"the latent can use no more than {len(data)} bytes; {limit} were asked for"
+        result.append(Encoded(data, function.lmbda, error, note))
+    return result
+
+
+def batch_size(shape: tuple[int, ...], preset: Preset, device: str) -> int:
+    """How many latents of this shape (C, h, w) to train at once, by the device's memory."""
+    channels, height, width = shape
+    shapes = bitstream.grid_shapes(preset.architecture(channels).channels, height, width)
+    values = sum(grids * rows * columns for grids, rows, columns in shapes)
+    room = CPU_VALUES
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        room = free // VALUE_BYTES // 2
+    return max(1, min(64, room // values))
+
+
+def check_image(image: np.ndarray) -> tuple[int, int]:
+    """Height and width of an image that can be coded. Raises ClricError for any other."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ClricError(f"the image is {image.shape} {image.dtype}; it must be (height, width, 3) uint8")
+    height, width, _ = image.shape
+    if not 1 <= min(height, width) <= max(height, width) <= bitstream.MAX_SIDE:
+        raise ClricError(f"the image is {width} x {height}; a side must be within 1 to {bitstream.MAX_SIDE}")
+    return height, width
+
+
+def check_latent(latent: np.ndarray, width: int, height: int, space: str) -> None:
+    """Raises ClricError for a latent that cannot be coded."""
     if space in LATENT_SPACES:
         channels = LATENT_SPACES[space].channels
     elif CUSTOM_SPACE.fullmatch(space):
@@ -107,23 +259,10 @@ def encode_latent(
         )
     if not (np.abs(latent) <= MAX_LATENT).all():
         raise ClricError(f"the latent has values beyond +-{MAX_LATENT:g}; the autoencoder's weights do not suit it")
-    (function,) = overfit(
-        latent[None], [lmbda], width * height, PRESETS[preset], seed=seed, device=_device(device), report=progress
-    )
-    data = bitstream.write(
-        width=width,
-        height=height,
-        space=space,
-        channels=latent.shape[0],
-        architecture=function.architecture,
-        segments=encode_grids(function.networks, function.grids, function.architecture),
-    )
-    _check(data, function)
-    return data
 
 
-def _check(data: bytes, function: Function) -> None:
-    """Decode what was written and compare: grids and networks to the integer, and a latent that is finite."""
+def _decoded(data: bytes, function: Function) -> np.ndarray:
+    """The latent that the stream decodes to. Raises ClricError where grids or networks differ by a single integer."""
     _, networks, grids = decode_grids(data, max_pixels=bitstream.MAX_SIDE**2)
     same = all(map(np.array_equal, grids, function.grids)) and all(
         decoded.exponent == coded.exponent and np.array_equal(decoded.integers, coded.integers)
@@ -131,10 +270,11 @@ def _check(data: bytes, function: Function) -> None:
     )
     if not same:
         raise ClricError("the stream does not decode to what was encoded; nothing was written; please report this")
-    synthesize(grids, networks, function.architecture)
+    return synthesize(grids, networks, function.architecture)
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """`cpu` or `cuda`, for a name that may be `auto`. Raises ClricError where there is none."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):

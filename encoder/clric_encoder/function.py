@@ -23,6 +23,11 @@ from clric_decoder.networks import arm_sizes, parameter_groups
 
 from .canvas import Canvas, Doubling
 
+try:
+    from . import kernels
+except ImportError:  # numba has no wheel for this machine: torch alone gives the same results in more time
+    kernels = None  # type: ignore[assignment]
+
 Networks = dict[str, torch.Tensor]
 
 LOG_SCALE_LOW = -SCALE_ZERO / 8
@@ -38,9 +43,10 @@ class Synthesis:
         self._layout = layout
         grids = layout.split(canvas)
         stack = grids[-1]
-        self._upsampled: list[_Upsampled] = []
+        self._upsampled: list[_Upsampled | _CompiledUpsampled] = []
         for level in range(len(grids) - 2, -1, -1):
-            wide = _Upsampled(stack, networks["upsampler"][:, level], *layout.doublings[level])
+            upsampled = _CompiledUpsampled if _compiled(canvas) else _Upsampled
+            wide = upsampled(stack, networks["upsampler"][:, level], *layout.doublings[level])
             self._upsampled.insert(0, wide)
             stack = torch.cat([grids[level], wide.outputs], 1)
 
@@ -120,24 +126,37 @@ class _Upsampled:
         return gradient, to_taps
 
 
+class _CompiledUpsampled:
+    """The same by compiled loops."""
+
+    def __init__(self, inputs: torch.Tensor, taps: torch.Tensor, rows: Doubling, columns: Doubling) -> None:
+        self._inputs, self._taps = inputs, taps
+        self.outputs = kernels.double(inputs, taps, rows.fine, columns.fine)
+
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_Upsampled.backward`."""
+        return kernels.double_backward(gradient, self._inputs, self._taps)
+
+
 class _Convolved:
     """A convolution at the edges of which the outermost values go on, each of a batch with weights of its own.
 
     inputs (batch, in, h, w), weight (batch, out, in, k, k), bias (batch, out) -> outputs (batch, out, h, w); depthwise
-    where the weight's `in` is 1. As a matrix product with shifted copies: torch's convolutions are slow at so few
-    channels.
+    where the weight's `in` is 1. In flattened planes a neighbour is the same distance away everywhere; what wraps
+    around at the right edge is cut off, and a row more at the bottom lets the last ones read beyond the end.
     """
 
     def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        self._shape = inputs.shape
-        if weight.shape[2] < inputs.shape[1]:  # depthwise: each channel is a convolution of its own
+        self._shape = batch, channels, height, width = inputs.shape
+        if weight.shape[2] < channels:  # depthwise: each channel is a convolution of its own
             inputs, weight, bias = inputs.flatten(0, 1)[:, None], weight.flatten(0, 1)[:, None], bias.reshape(-1, 1)
         self._weight, self._margin = weight, weight.shape[3] // 2
         around = (self._margin, self._margin, self._margin, self._margin + 1)
-        self._patches = _patches(F.pad(inputs, around, mode="replicate") if self._margin else inputs, weight.shape[3])
-        outputs = torch.baddbmm(bias[:, :, None], weight.flatten(2), self._patches)
-        self.outputs = outputs.view(self._shape[0], -1, self._shape[2], outputs.shape[2] // self._shape[2])
-        self.outputs = self.outputs[..., : self._shape[3]]
+        self._flat = (F.pad(inputs, around, mode="replicate") if self._margin else inputs).flatten(2)
+        stride = width + 2 * self._margin
+        self._shifts = _shifts(weight.shape[3], stride)
+        outputs = _convolve(self._flat, self._shifts, weight.flatten(3), bias, height * stride)
+        self.outputs = outputs.view(batch, -1, height, stride)[..., :width]
 
     def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the outputs -> of inputs, weight and bias."""
@@ -145,60 +164,97 @@ class _Convolved:
         weight, margin = self._weight, self._margin
         gradient = gradient.reshape(len(weight), -1, height, width)
         flat = F.pad(gradient, (0, 2 * margin)).flatten(2)
-        to_weight = torch.bmm(flat, self._patches.transpose(1, 2)).view(batch, outputs, *weight.shape[2:])
+        to_weight = _convolve_weights(self._flat, self._shifts, flat).view(batch, outputs, *weight.shape[2:])
         to_bias = flat.sum(2).view(batch, outputs)
-        backwards = weight.flip(3, 4).transpose(1, 2).flatten(2)
-        if not margin:
-            return torch.bmm(backwards, flat).view(self._shape), to_weight, to_bias
         # The same convolution backwards: what an input gives to the outputs around it, the padding's included
-        around = (2 * margin, 2 * margin, 2 * margin, 2 * margin + 1)
-        to_inputs = torch.bmm(backwards, _patches(F.pad(gradient, around), weight.shape[3]))
-        to_inputs = to_inputs.view(len(weight), -1, height + 2 * margin, width + 4 * margin)[..., : width + 2 * margin]
-        inner = to_inputs[:, :, margin:-margin, margin:-margin]
-        to_inputs = torch.ops.aten.replication_pad2d_backward(to_inputs, inner, [margin] * 4)
-        return to_inputs.view(self._shape), to_weight, to_bias
+        backwards = weight.flip(3, 4).transpose(1, 2).flatten(3)
+        around = F.pad(gradient, (2 * margin, 2 * margin, 2 * margin, 2 * margin + 1)) if margin else gradient
+        stride, rows = width + 4 * margin, height + 2 * margin
+        none = weight.new_zeros(len(weight), weight.shape[2])
+        to_inputs = _convolve(around.flatten(2), _shifts(weight.shape[3], stride), backwards, none, rows * stride)
+        to_inputs = to_inputs.view(len(weight), -1, rows, stride)
+        return _fold(to_inputs, margin, width).reshape(self._shape), to_weight, to_bias
 
 
-def _patches(padded: torch.Tensor, kernel: int) -> torch.Tensor:
-    """(batch, channels, h + 1, w) -> (batch, channels * kernel^2, (h - kernel + 1) * w).
+def _shifts(kernel: int, stride: int) -> list[int]:
+    return [y * stride + x for y in range(kernel) for x in range(kernel)]
 
-    The last row is there only to be read beyond the others' end, and so are kernel - 1 columns at the end of each row of
-    the result. A kernel of 1 needs neither.
+
+def _convolve(
+    flat: torch.Tensor, shifts: list[int], weight: torch.Tensor, bias: torch.Tensor, count: int
+) -> torch.Tensor:
+    """flat (batch, in, n), weight (batch, out, in, shifts), bias (batch, out) -> (batch, out, count).
+
+    An output weighs the inputs that are the shifts further on.
     """
-    flat = padded.flatten(2)
-    if kernel == 1:
-        return flat
-    width = padded.shape[3]
-    count = (padded.shape[2] - kernel) * width
-    starts = [y * width + x for y in range(kernel) for x in range(kernel)]
-    return torch.stack([flat[:, :, start : start + count] for start in starts], 2).flatten(1, 2)
+    if _compiled(flat):
+        return kernels.convolve(flat, shifts, weight, bias, count)
+    return torch.baddbmm(bias[:, :, None], weight.flatten(2), _shifted(flat, shifts, count))
+
+
+def _convolve_weights(flat: torch.Tensor, shifts: list[int], gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient of `_convolve` by its weight, that by its outputs given."""
+    if _compiled(flat):
+        return kernels.convolve_weights(flat, shifts, gradient)
+    return torch.bmm(gradient, _shifted(flat, shifts, gradient.shape[2]).transpose(1, 2))
+
+
+def _shifted(flat: torch.Tensor, shifts: list[int], count: int) -> torch.Tensor:
+    """(batch, in, n) -> (batch, in * shifts, count)."""
+    return torch.stack([flat[:, :, shift : shift + count] for shift in shifts], 2).flatten(1, 2)
+
+
+def _fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
+    """The gradient of padding with the outermost values: (batch, C, h + 2 margin, stride) -> (batch, C, h, width)."""
+    if not margin:
+        return padded
+    if _compiled(padded):
+        return kernels.fold(padded, margin, width)
+    padded = padded[..., : width + 2 * margin]
+    inner = padded[:, :, margin:-margin, margin:-margin]
+    return torch.ops.aten.replication_pad2d_backward(padded, inner, [margin] * 4)
+
+
+def _compiled(tensor: torch.Tensor) -> bool:
+    return kernels is not None and tensor.device.type == "cpu"
 
 
 class GridBits:
     """Bits that the ARM gives to all grid values of each function, (batch,).
 
-    canvas: (batch, rows, stride), zero where the layout's mask is.
+    canvas: (batch, rows, stride), zero where the layout's mask is. prices: (batch,), what `backward` multiplies the
+    gradients by; ones by default.
     """
 
-    def __init__(self, canvas: torch.Tensor, networks: Networks, architecture: Architecture, layout: Canvas) -> None:
+    def __init__(
+        self,
+        canvas: torch.Tensor,
+        networks: Networks,
+        architecture: Architecture,
+        layout: Canvas,
+        prices: torch.Tensor | None = None,
+    ) -> None:
+        prices = canvas.new_ones(len(canvas)) if prices is None else prices
         self._layout = layout
         self._flat = canvas.flatten(1)
         seen = F.pad(self._flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
         levels = range(len(layout.shapes))
         groups = (range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)
+        # The compiled ARM knows no other inputs than neighbours
+        arm_bits = _CompiledArmBits if _compiled(canvas) and not len(layout.extras) else _ArmBits
         self._parts = [
-            _ArmBits(self._flat, seen, f"arm{number}", networks, architecture, layout, layout.span(group))
+            arm_bits(self._flat, seen, prices, f"arm{number}", networks, architecture, layout, layout.span(group))
             for number, group in enumerate(groups)
             if layout.span(group).start < layout.span(group).stop
         ]
         self.bits = sum((part.bits for part in self._parts), canvas.new_zeros(len(canvas)))
 
-    def backward(self, price: torch.Tensor, to_networks: Networks, to_canvas: torch.Tensor) -> None:
-        """Adds the gradients of the bits, each function's multiplied by its `price`; `to_canvas` is as the canvas."""
+    def backward(self, to_networks: Networks, to_canvas: torch.Tensor) -> None:
+        """Adds the gradients of the bits, each function's multiplied by its price; `to_canvas` is as the canvas."""
         lead = self._layout.lead
         to_seen = to_canvas.new_zeros(len(to_canvas), lead + self._flat.shape[1])
         for part in self._parts:
-            part.backward(price, to_networks, to_canvas.flatten(1), to_seen)
+            part.backward(to_networks, to_canvas.flatten(1), to_seen)
         seen = torch.ops.aten.hardtanh_backward(to_seen[:, lead:], self._flat, -MAX_CONTEXT, MAX_CONTEXT)
         to_canvas += seen.view_as(to_canvas)
 
@@ -210,13 +266,14 @@ class _ArmBits:
         self,
         flat: torch.Tensor,
         seen: torch.Tensor,
+        prices: torch.Tensor,
         name: str,
         networks: Networks,
         architecture: Architecture,
         layout: Canvas,
         span: slice,
     ) -> None:
-        self._name, self._layout, self._span = name, layout, span
+        self._prices, self._name, self._layout, self._span = prices, name, layout, span
         sizes = arm_sizes(architecture)[1:]
         biases = networks[f"{name}.bias"].split(sizes, 1)
         self._matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(len(sizes))]
@@ -251,13 +308,11 @@ class _ArmBits:
         self._probability.clamp_min_(SMALLEST_PROBABILITY)
         self.bits = -(torch.log2(self._probability) @ layout.mask.flatten()[span])
 
-    def backward(
-        self, price: torch.Tensor, to_networks: Networks, to_flat: torch.Tensor, to_seen: torch.Tensor
-    ) -> None:
+    def backward(self, to_networks: Networks, to_flat: torch.Tensor, to_seen: torch.Tensor) -> None:
         """Adds gradients; `to_seen` is of the canvas behind `lead` zeros, as neighbours see it."""
         layout, span, rate = self._layout, self._span, self._rate
         batch, first, count = len(to_flat), layout.lead + span.start, span.stop - span.start
-        slope = (layout.mask.flatten()[span] * price[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
+        slope = (layout.mask.flatten()[span] * self._prices[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
         # No gradient from where the probability is at its floor
         slope = torch.ops.aten.threshold_backward(slope, self._probability, SMALLEST_PROBABILITY).mul_(rate)
         by_scale = (self._inner * self._near).addcmul_(self._outer, self._far).mul_(slope).mul_(-math.log(2))
@@ -283,6 +338,54 @@ class _ArmBits:
             to_seen[:, first + distance : first + distance + count] += gradient[:, number]
         for number, index in enumerate(layout.extras, len(layout.neighbours)):
             to_seen.index_add_(1, layout.lead + index[span], gradient[:, number])
+
+
+class _CompiledArmBits:
+    """The same by compiled loops, which find bits and gradients in one go."""
+
+    def __init__(
+        self,
+        flat: torch.Tensor,
+        seen: torch.Tensor,
+        prices: torch.Tensor,
+        name: str,
+        networks: Networks,
+        architecture: Architecture,
+        layout: Canvas,
+        span: slice,
+    ) -> None:
+        self._name, self._span = name, span
+        sizes = arm_sizes(architecture)
+        matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(len(sizes) - 1)]
+        for matrix in matrices[:-1]:
+            matrix.diagonal(dim1=1, dim2=2).add_(1)  # hidden layers add to their inputs (specification, "Layers")
+        self._rows = layout.planes[span.start // layout.stride : span.stop // layout.stride]
+        scales = networks["grid_scales"][:, self._rows] if "grid_scales" in networks else None
+        self.bits, *self._gradients = kernels.arm_bits(
+            seen,
+            flat[:, span],
+            layout.mask.flatten()[span],
+            [layout.lead + span.start + distance for distance in layout.neighbours],
+            flat.new_zeros(len(flat), len(self._rows)) if scales is None else scales,
+            torch.cat([matrix.flatten(1) for matrix in matrices], 1),
+            networks[f"{name}.bias"],
+            sizes,
+            (LARGEST_ACTIVATION, LOG_SCALE_LOW, LOG_SCALE_HIGH, SMALLEST_PROBABILITY),
+            prices,
+        )
+        self._shapes = [matrix.shape for matrix in matrices]
+
+    def backward(self, to_networks: Networks, to_flat: torch.Tensor, to_seen: torch.Tensor) -> None:
+        """As `_ArmBits.backward`."""
+        by_mean, by_seen, by_scales, by_weights, by_biases = self._gradients
+        to_flat[:, self._span] -= by_mean
+        to_seen += by_seen
+        if "grid_scales" in to_networks:
+            to_networks["grid_scales"].index_add_(1, self._rows, by_scales)
+        to_networks[f"{self._name}.bias"] += by_biases
+        parts = by_weights.split([shape[1:].numel() for shape in self._shapes], 1)
+        for layer, part in enumerate(parts):
+            to_networks[f"{self._name}.weight{layer}"] += part.view(self._shapes[layer])
 
 
 class Packing:

@@ -18,9 +18,16 @@ from .function import GridBits, Networks, Packing, Synthesis
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
+from .rate import RateControl, principal_step
 
 BETAS = (0.9, 0.99)  # of Adam
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
+CONTROL_EVERY = 10  # iterations between two corrections of lambda, for a target
+LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a target
+
+# What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
+FINISHING = Stage(20, "soft", (0.0, 0.0), (0.01, 0.002), (0.06, 0.04), (0.16, 0.15), fixed=True)
+FINISHING_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -39,23 +46,40 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Function:
-    """An overfitted function, quantised: grids (channels, height, width) int32, the finest first, and networks."""
+    """An overfitted function, quantised: grids (channels, height, width) int32, the finest first, and networks.
+
+    lmbda: what it ended its training with.
+    """
 
     architecture: Architecture
     grids: list[np.ndarray]
     networks: list[Parameters]
+    lmbda: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Sizes of files that training aims at instead of a given lambda.
+
+    sizes: bytes, one for each latent. measure: the size in bytes of the file of a function, by the latent's number.
+    """
+
+    sizes: Sequence[int]
+    measure: Callable[[Function, int], int]
 
 
 @dataclass
 class _State:
     """Functions in training: grids and parameters, their moments for Adam, and a stream of random numbers each.
 
-    canvas: (batch, rows, stride). vectors: (batch, parameters). losses: (batch,), the last.
+    canvas: (batch, rows, stride). vectors: (batch, parameters). owners: the number of the latent that each is of.
+    losses: (batch,), the last.
     """
 
     canvas: torch.Tensor
     vectors: torch.Tensor
     generators: list[torch.Generator]
+    owners: list[int]
     losses: torch.Tensor
     moments: list[torch.Tensor] = field(default_factory=list)
     steps: int = 0
@@ -75,70 +99,104 @@ class _State:
             canvas=self.canvas[indices],
             vectors=self.vectors[indices],
             generators=[self.generators[i] for i in indices],
+            owners=[self.owners[i] for i in indices],
             losses=self.losses[indices],
         )
         state.moments, state.steps = [moment[indices] for moment in self.moments], self.steps
         return state
 
+    def put(self, indices: list[int], other: _State) -> None:
+        """Functions that were picked, back in their places."""
+        self.canvas[indices] = other.canvas
+        for own, moment in zip(self.moments, other.moments, strict=True):
+            own[indices] = moment
+
 
 def overfit(
     latents: np.ndarray,
     lmbdas: Sequence[float],
-    pixels: int,
+    pixels: Sequence[int],
     preset: Preset,
     *,
+    targets: Targets | None = None,
     seed: int = 0,
     device: str = "cpu",
     report: Report | None = None,
 ) -> list[Function]:
     """The functions of latents (batch, C, h, w) float32 that are lowest in latent MSE + lmbda * bits / pixels.
 
-    lmbdas: one for each latent. pixels: of each image, for the rate. A latent's function depends on its neighbours in
-    the batch no further than by the order of float summation. The same arguments give the same functions on the same
-    device, versions and number of threads.
+    lmbdas: one for each latent, or where to start from with ``targets``. pixels: of each image, for the rate.
+    A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
+    same arguments give the same functions on the same device, versions and number of threads.
     """
-    trainer = _Trainer(latents, lmbdas, pixels, preset, device, report)
-    state = trainer.best_start(seed)
-    networks: list[list[Parameters]] = []
-    for number, stage in enumerate(preset.stages):
-        if stage.rounding == "hard" and not networks:
-            # From here on the networks are what the stream holds, and the grids adapt to them
-            networks = trainer.quantize(state)
-            state.vectors = torch.stack([trainer.packing.join(as_networks(p, trainer.device))[0] for p in networks])
-            state.restart()
-        fixed = bool(networks)
-        trainer.train(state, stage, f"stage {number + 1} of {len(preset.stages)}", stage.iterations, fixed=fixed)
-    networks = networks or trainer.quantize(state)
-    canvas = state.canvas.round().clamp(-MAX_VALUE, MAX_VALUE)
-    grids = [
-        [grid[i].cpu().numpy().astype(np.int32) for grid in trainer.layout.split(canvas)] for i in range(len(canvas))
-    ]
-    return [Function(trainer.architecture, *parts) for parts in zip(grids, networks, strict=True)]
+    control = RateControl(targets.sizes) if targets is not None else None
+    trainer = _Trainer(latents, lmbdas, pixels, preset, control, device, report)
+    functions = trainer.functions(*trainer.run(seed, targets))
+    if targets is None or control is None:
+        return functions
+    # A second chance with a better start, now that it is known what the networks cost
+    sizes = [targets.measure(function, i) for i, function in enumerate(functions)]
+    missed = control.missed(sizes, trainer.trained_lmbdas)
+    if missed:
+        control = control.restart(missed, [functions[i].networks for i in missed])
+        trainer = _Trainer(latents[missed], lmbdas, [pixels[i] for i in missed], preset, control, device, report)
+        part = Targets([targets.sizes[i] for i in missed], lambda function, i: targets.measure(function, missed[i]))
+        for i, function in zip(missed, trainer.functions(*trainer.run(seed, part)), strict=True):
+            if _is_nearer(targets.measure(function, i), sizes[i], targets.sizes[i]):
+                functions[i] = function
+    return functions
+
+
+def _is_nearer(size: int, other: int, limit: int) -> bool:
+    """Whether a size is better than another: within the limit the larger one, beyond it the smaller one."""
+    return (size > other) if max(size, other) <= limit else (size < other)
 
 
 class _Trainer:
-    """What stays the same over all candidates and stages of one encode."""
+    """What stays the same over all candidates and stages of one encode, and the lambdas, which may move."""
 
     def __init__(
         self,
         latents: np.ndarray,
         lmbdas: Sequence[float],
-        pixels: int,
+        pixels: Sequence[int],
         preset: Preset,
+        control: RateControl | None,
         device: str,
         report: Report | None,
     ):
         self.device = torch.device(device)
         self.latents = torch.from_numpy(latents).to(self.device)
-        self.lmbdas = list(lmbdas)
-        self.pixels = pixels
+        self.lmbdas = torch.tensor(lmbdas, device=self.device)
+        self.pixels = torch.tensor(pixels, device=self.device)
         self.preset = preset
         self.architecture = preset.architecture(latents.shape[1])
         self.layout = Canvas(self.architecture, latents.shape[2], latents.shape[3], self.device)
         self.packing = Packing(self.architecture, self.device)
+        self.control = control
+        if control is not None:
+            self.lmbdas = control.first_lambdas(self.latents, self.pixels, sum(self.packing.sizes))
+        self.trained_lmbdas = self.lmbdas  # before finishing
         self.report = report or (lambda progress: None)
         self.done = 0
         self.last = Progress("start", 0, preset.iterations, 0.0, 0.0)
+
+    def run(self, seed: int, targets: Targets | None) -> tuple[_State, list[list[Parameters]]]:
+        """The whole training: functions with rounded networks, and these as integers."""
+        state = self.best_start(seed)
+        networks: list[list[Parameters]] = []
+        for number, stage in enumerate(self.preset.stages):
+            if stage.fixed and not networks:
+                networks = self.quantize(state)
+                state.vectors = self.packing.join(as_networks(networks, self.device))
+                state.restart()
+            self.train(state, stage, f"stage {number + 1} of {len(self.preset.stages)}", stage.iterations)
+        networks = networks or self.quantize(state)
+        if targets is not None:
+            state.vectors = self.packing.join(as_networks(networks, self.device))
+            self.trained_lmbdas = self.lmbdas.clone()
+            self.finish(state, networks, targets)
+        return state, networks
 
     def best_start(self, seed: int) -> _State:
         """The state that the main training begins with: for each latent, the winner of the warm-up's candidates."""
@@ -147,18 +205,18 @@ class _Trainer:
         owners = [owner for owner in range(len(self.latents)) for _ in range(count)]
         state = self.start(owners, [seed * 1000 + number for _ in self.latents for number in range(count)])
         for number, warm_up in enumerate(rounds):
-            state, owners = self.best(state, owners, warm_up.candidates)
-            name = f"warm-up {number + 1} of {len(rounds)}"
-            self.train(state, self.preset.stages[0], name, warm_up.iterations, owners)
-        return self.best(state, owners, 1)[0]
+            state = self.best(state, warm_up.candidates)
+            self.train(state, self.preset.stages[0], f"warm-up {number + 1} of {len(rounds)}", warm_up.iterations)
+        return self.best(state, 1)
 
-    def best(self, state: _State, owners: list[int], count: int) -> tuple[_State, list[int]]:
-        """The `count` functions of lowest loss of each latent, and whose they are."""
+    def best(self, state: _State, count: int) -> _State:
+        """The `count` functions of lowest loss of each latent."""
         losses = state.losses.tolist()
         kept = []
         for owner in range(len(self.latents)):
-            kept += sorted((i for i in range(len(owners)) if owners[i] == owner), key=losses.__getitem__)[:count]
-        return state.pick(kept), [owners[i] for i in kept]
+            own = [i for i in range(len(losses)) if state.owners[i] == owner]
+            kept += sorted(own, key=losses.__getitem__)[:count]
+        return state.pick(kept)
 
     def start(self, owners: list[int], seeds: list[int]) -> _State:
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
@@ -171,10 +229,10 @@ class _Trainer:
                     self.layout.split(canvas[number : number + 1])[0][0],
                     {name: values[0] for name, values in self.packing.split(vectors[number : number + 1]).items()},
                     self.architecture,
-                    self.lmbdas[owner],
-                    self.pixels,
+                    self.lmbdas[owner].item(),
+                    int(self.pixels[owner]),
                 )
-        return _State(canvas, vectors, generators, torch.zeros(len(owners)))
+        return _State(canvas, vectors, generators, owners, torch.zeros(len(owners)))
 
     def random_vector(self, generator: torch.Generator) -> torch.Tensor:
         """Near-zero ARM weights, bicubic upsampling, and a synthesis whose layers keep the variance of their inputs."""
@@ -191,27 +249,19 @@ class _Trainer:
             part.normal_(0, scale, generator=generator)
         return vector
 
-    def train(
-        self,
-        state: _State,
-        stage: Stage,
-        name: str,
-        iterations: int,
-        owners: list[int] | None = None,
-        fixed: bool = False,
-    ) -> None:
-        """Some iterations of a stage; `state` is changed in place.
-
-        owners: the latent that each function is of, by default one each. fixed: the grids alone are trained.
-        """
-        targets = self.latents if owners is None else self.latents[owners]
-        lmbdas = [self.lmbdas[owner] for owner in owners or range(len(self.lmbdas))]
-        prices = torch.tensor(lmbdas, device=self.device) / self.pixels
+    def train(self, state: _State, stage: Stage, name: str, iterations: int) -> None:
+        """Some iterations of a stage; `state` is changed in place."""
+        targets, pixels = self.latents[state.owners], self.pixels[state.owners]
         noise = _Noise(state, stage.rounding, self.layout.mask.shape)
         to_canvas, to_vectors = torch.empty_like(state.canvas), torch.empty_like(state.vectors)
         networks, to_networks = self.packing.split(state.vectors), self.packing.split(to_vectors)
         for iteration in range(iterations):
             position = iteration / stage.iterations
+            if self.control is not None and iteration % CONTROL_EVERY == 0:
+                self.steer(state, networks, position, CONTROL_EVERY / stage.iterations)
+            if self.control is not None and iteration == int(LOOK * stage.iterations) and not stage.fixed:
+                self.control.know_networks(self.quantize(state, refined=False))
+            prices = self.lmbdas[state.owners] / pixels
             if stage.rounding == "hard":
                 rounded, slope = round_straight_through(state.canvas)
             elif stage.rounding == "uniform":
@@ -220,30 +270,29 @@ class _Trainer:
                 temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
                 rounded, slope = soft_round_with_noise(state.canvas, noise.draw(), temperature, sigma)
             rounded *= self.layout.mask
-            grid_bits = GridBits(rounded, networks, self.architecture, self.layout)
+            grid_bits = GridBits(rounded, networks, self.architecture, self.layout, prices)
             synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
             errors = synthesis.latents - targets
             distortions = errors.square().mean((1, 2, 3))
-            losses = distortions + prices * grid_bits.bits
 
             torch.mul(self.packing.bits_gradient(state.vectors), prices[:, None], out=to_vectors)
             to_canvas.zero_()
-            grid_bits.backward(prices, to_networks, to_canvas)
+            grid_bits.backward(to_networks, to_canvas)
             synthesis.backward(errors.mul_(2 / errors[0].numel()), to_networks, to_canvas)
             to_canvas *= self.layout.mask
             if slope is not None:
                 to_canvas *= slope
             state.steps += 1
             _adam(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
-            if not fixed:
+            if not stage.fixed:
                 _adam(state.vectors, to_vectors, state.moments[2:], state.steps, _cosine(stage.network_rate, position))
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
-                state.losses = losses.cpu()
+                state.losses = (distortions + prices * grid_bits.bits).cpu()
                 self.last = Progress(
                     name,
                     self.done + (iteration + 1) * self.share(state),
                     self.preset.iterations,
-                    grid_bits.bits.mean().item() / self.pixels,
+                    (grid_bits.bits / pixels).mean().item(),
                     distortions.mean().item(),
                 )
                 self.report(self.last)
@@ -253,20 +302,48 @@ class _Trainer:
         """Candidates that are trained for each latent."""
         return len(state.canvas) // len(self.latents)
 
-    def quantize(self, state: _State) -> list[list[Parameters]]:
+    def steer(self, state: _State, networks: Networks, position: float, share: float) -> None:
+        """Move the lambdas by what the grids would cost if they were rounded now."""
+        assert self.control is not None
+        bits = GridBits(state.canvas.round(), networks, self.architecture, self.layout).bits
+        lambdas = self.lmbdas[state.owners]
+        self.lmbdas[state.owners] = self.control.next_lambdas(lambdas, bits, state.owners, position, share)
+
+    def quantize(self, state: _State, refined: bool = True) -> list[list[Parameters]]:
         """The networks as integers, for the grids as they round now."""
+        return quantize_networks(
+            self.packing.split(state.vectors),
+            state.canvas.round(),
+            self.latents,
+            self.architecture,
+            self.layout,
+            self.lmbdas / self.pixels,
+            lambda: self.report(replace(self.last, stage="networks")),
+            refined,
+        )
+
+    def functions(self, state: _State, networks: list[list[Parameters]]) -> list[Function]:
+        canvas = state.canvas.round().clamp(-MAX_VALUE, MAX_VALUE)
+        grids = [grid.cpu().numpy().astype(np.int32) for grid in self.layout.split(canvas)]
         return [
-            quantize_networks(
-                {name: values[i : i + 1] for name, values in self.packing.split(state.vectors).items()},
-                state.canvas[i : i + 1].round(),
-                self.latents[i : i + 1],
-                self.architecture,
-                self.layout,
-                self.lmbdas[i] / self.pixels,
-                lambda: self.report(replace(self.last, stage="networks")),
-            )
-            for i in range(len(self.latents))
+            Function(self.architecture, [grid[i] for grid in grids], networks[owner], self.lmbdas[owner].item())
+            for i, owner in enumerate(state.owners)
         ]
+
+    def finish(self, state: _State, networks: list[list[Parameters]], targets: Targets) -> None:
+        """Train the grids of files that miss their targets a little further, until they meet them."""
+        control, self.control = self.control, None
+        assert control is not None
+        for _ in range(FINISHING_ROUNDS):
+            sizes = [targets.measure(function, i) for i, function in enumerate(self.functions(state, networks))]
+            missed = control.missed(sizes, self.lmbdas)
+            if not missed:
+                return
+            self.lmbdas[missed] = control.last_lambdas(self.lmbdas, sizes)[missed]
+            picked = state.pick(missed)
+            picked.restart()
+            self.train(picked, FINISHING, "size", FINISHING.iterations)
+            state.put(missed, picked)
 
 
 class _Noise:
@@ -316,8 +393,6 @@ def _start_from_principal_components(
 ) -> None:
     """Set the finest grids to the latent's principal components, and the first synthesis layer to turn them back.
 
-    The step between integers is the one that uniform quantisation at high rate would choose: a step s costs s^2 / 12
-    in distortion and saves log2(s) bits a value, so that s^2 = 6 lambda values / (pixels ln 2).
     Coarser levels start empty, and each adds to one component.
     """
     channels, height, width = latent.shape
@@ -328,7 +403,7 @@ def _start_from_principal_components(
     # The sign of an eigenvector is arbitrary: fix it, so that the start does not depend on the library
     strongest = components.gather(0, components.abs().argmax(0, keepdim=True))
     components = (components * strongest.sign()).to(latent.device)
-    step = math.sqrt(6 * lmbda * latent.numel() / (pixels * math.log(2)))
+    step = principal_step(lmbda, latent.numel(), pixels)
 
     weight = networks["synthesis.weight0"].zero_()
     first = architecture.synthesis[0]

@@ -7,7 +7,7 @@ tables, and the grids' bits by the float ARM, which the integer one follows to w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,81 +18,103 @@ from .canvas import Canvas
 from .function import GridBits, Networks, Synthesis
 
 GROUP_BITS = 8  # exponent and scale code
+IDLE = 4  # exponents without a gain after which finer ones are not tried
 
 
-def as_networks(parameters: list[Parameters], device: torch.device) -> Networks:
-    """What a decoder makes of quantised parameters, each (1, *shape)."""
-    return {p.group.name: torch.from_numpy(p.values)[None].to(device) for p in parameters}
+def as_networks(functions: Sequence[Sequence[Parameters]], device: torch.device) -> Networks:
+    """What a decoder makes of the quantised parameters of a batch of functions, each (batch, *shape)."""
+    return {
+        group[0].group.name: torch.from_numpy(np.stack([p.values for p in group])).to(device)
+        for group in zip(*functions, strict=True)
+    }
 
 
 def quantize_networks(
     networks: Networks,
     canvas: torch.Tensor,
-    latent: torch.Tensor,
+    latents: torch.Tensor,
     architecture: Architecture,
     layout: Canvas,
-    weight: float,
+    weights: torch.Tensor,
     tick: Callable[[], None],
-) -> list[Parameters]:
-    """Integers for every group of parameters of one function, in the order of `parameter_groups`.
+    refined: bool = True,
+) -> list[list[Parameters]]:
+    """Integers for every group of parameters of each function of a batch, in the order of `parameter_groups`.
 
-    networks: of a batch of one. canvas: (1, rows, stride), rounded. latent: (1, C, h, w). weight: what a bit costs, in
-    units of distortion: lambda / pixels. tick: called before the work on each group.
+    canvas: (batch, rows, stride), rounded. latents: (batch, C, h, w). weights: (batch,), what a bit costs in units of
+    distortion: lambda / pixels. tick: called before the work on each group. refined: false for a quick look, with each
+    group's exponent alone chosen.
     """
     current = dict(networks)
-    groups = parameter_groups(architecture)
+    prices = weights.cpu().double().numpy()
 
-    def cost(group: Group, values: torch.Tensor) -> float:
-        """What the grids (for the ARM) or the latent (for the rest) cost with other values of one group."""
-        trial = {**current, group.name: values[None].to(latent.device)}
+    def costs(trials: list[Parameters]) -> np.ndarray:
+        """What the group itself and the grids (for the ARM) or the latent (for the rest) cost, (batch,)."""
+        group = trials[0].group
+        own = prices * [GROUP_BITS + integer_bits(trial.integers).sum() for trial in trials]
+        values = {**current, **as_networks([[trial] for trial in trials], canvas.device)}
         if group.name.startswith("arm") or group.name == "grid_scales":
-            return weight * GridBits(canvas, trial, architecture, layout).bits.item()
-        return (Synthesis(canvas, trial, architecture, layout).latents - latent).square().mean().item()
+            return own + prices * GridBits(canvas, values, architecture, layout).bits.cpu().double().numpy()
+        errors = Synthesis(canvas, values, architecture, layout).latents - latents
+        return own + errors.square().mean((1, 2, 3)).cpu().double().numpy()
 
-    quantized = []
-    with torch.no_grad():
-        for group in groups:
+    quantized: list[list[Parameters]] = []
+    for refine in (False, True) if refined else (False,):
+        for number, group in enumerate(parameter_groups(architecture)):
             tick()
-            best = _best_exponent(group, networks[group.name][0].cpu().numpy(), cost, weight)
-            current[group.name] = torch.from_numpy(best.values)[None].to(latent.device)
-            quantized.append(best)
-        for number, parameters in enumerate(quantized):
-            tick()
-            quantized[number] = _shrink(parameters, cost, weight)
-            current[parameters.group.name] = torch.from_numpy(quantized[number].values)[None].to(latent.device)
-    return quantized
+            if refine:
+                quantized[number] = _shrink(quantized[number], costs)
+            else:
+                quantized.append(_best_exponents(group, networks[group.name].cpu().numpy(), costs))
+            current.update(as_networks([[parameters] for parameters in quantized[number]], canvas.device))
+    return [list(parameters) for parameters in zip(*quantized, strict=True)]
 
 
-Cost = Callable[[Group, torch.Tensor], float]
+Costs = Callable[[list[Parameters]], np.ndarray]
 
 
-def _total(parameters: Parameters, cost: Cost, weight: float) -> float:
-    bits = GROUP_BITS + integer_bits(parameters.integers).sum()
-    return cost(parameters.group, torch.from_numpy(parameters.values)) + weight * bits
+def _best_exponents(group: Group, values: np.ndarray, costs: Costs) -> list[Parameters]:
+    """A group of each function rounded with the exponent of lowest cost, or left at its default.
 
-
-def _best_exponent(group: Group, values: np.ndarray, cost: Cost, weight: float) -> Parameters:
-    """All of a group rounded with the exponent of lowest cost, or left at its default."""
+    values: (batch, *shape).
+    """
     differences = values - np.broadcast_to(np.array(group.default, np.float32), group.shape)
-    trials = [Parameters(group, 0, np.zeros(group.shape, np.int32))]
+    best = [Parameters(group, 0, np.zeros(group.shape, np.int32)) for _ in values]
+    lowest = costs(best)
+    idle = 0
     for exponent in range(group.max_exponent + 1):
-        integers = np.rint(differences * 2.0**exponent)
         limit = group.limit(exponent)
-        trials.append(Parameters(group, exponent, np.clip(integers, -limit, limit).astype(np.int32)))
-    return min(trials, key=lambda trial: _total(trial, cost, weight))
-
-
-def _shrink(parameters: Parameters, cost: Cost, weight: float) -> Parameters:
-    """Move single integers towards zero where the bits saved are worth the harm."""
-    best, lowest = parameters, _total(parameters, cost, weight)
-    integers = parameters.integers.reshape(-1)
-    for position in np.argsort(np.abs(integers), kind="stable").tolist():
-        if not integers[position]:
-            continue
-        trial = best.integers.copy()
-        trial.reshape(-1)[position] -= np.sign(integers[position])
-        candidate = Parameters(parameters.group, parameters.exponent, trial)
-        total = _total(candidate, cost, weight)
-        if total < lowest:
-            best, lowest = candidate, total
+        integers = np.clip(np.rint(differences * 2.0**exponent), -limit, limit).astype(np.int32)
+        before = lowest
+        best, lowest = _better(best, lowest, [Parameters(group, exponent, i) for i in integers], costs)
+        idle = 0 if (lowest < before).any() else idle + 1
+        if idle == IDLE and exponent >= IDLE:
+            break
     return best
+
+
+def _shrink(best: list[Parameters], costs: Costs) -> list[Parameters]:
+    """Move single integers towards zero where the bits saved are worth the harm, the small ones first."""
+    lowest = costs(best)
+    orders = []
+    for parameters in best:
+        order = np.argsort(np.abs(parameters.integers.reshape(-1)), kind="stable")
+        orders.append(order[parameters.integers.reshape(-1)[order] != 0])
+    for turn in range(max(map(len, orders))):
+        trials = list(best)
+        for i, (parameters, order) in enumerate(zip(best, orders, strict=True)):
+            if turn < len(order):
+                integers = parameters.integers.copy()
+                integers.reshape(-1)[order[turn]] -= np.sign(integers.reshape(-1)[order[turn]])
+                trials[i] = Parameters(parameters.group, parameters.exponent, integers)
+        best, lowest = _better(best, lowest, trials, costs)
+    return best
+
+
+def _better(
+    best: list[Parameters], lowest: np.ndarray, trials: list[Parameters], costs: Costs
+) -> tuple[list[Parameters], np.ndarray]:
+    """Of two choices for each function the one of lower cost."""
+    totals = costs(trials)
+    pairs = zip(best, trials, totals < lowest, strict=True)
+    return [trial if lower else kept for kept, trial, lower in pairs], np.minimum(totals, lowest)

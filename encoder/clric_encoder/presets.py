@@ -15,7 +15,8 @@ MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
 class Stage:
     """Iterations of Adam with one stand-in for rounding; learning rates decay along a half cosine.
 
-    Pairs are (first, last) values over the stage. ``temperature`` and ``sigma`` belong to soft rounding.
+    Pairs are (first, last) values over the stage. ``temperature`` and ``sigma`` belong to soft rounding. ``fixed``: the
+    networks are quantised before, and the grids alone are trained.
     """
 
     iterations: int
@@ -24,6 +25,7 @@ class Stage:
     grid_rate: tuple[float, float]
     temperature: tuple[float, float] = (0.0, 0.0)
     sigma: tuple[float, float] = (0.0, 0.0)
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ PRESETS = {
         warm_up=(WarmUp(5, 400), WarmUp(2, 400)),
         stages=(
             Stage(10600, "uniform", (1e-2, 1e-4), (0.16, 0.0016)),
-            Stage(2500, "hard", (1e-4, 1e-5), (0.0016, 0.00016)),
+            Stage(2500, "hard", (1e-4, 1e-5), (0.0016, 0.00016), fixed=True),
         ),
     ),
 }

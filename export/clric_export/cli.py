@@ -83,6 +83,12 @@ def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | 
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of LPIPS weights; without, the decoder learns pixels and structure alone.",
 )
+@click.option(
+    "--start",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of an earlier run, whose weights to begin with instead of random ones. Checkpoints in the output"
+    " folder have precedence; name it again to go on with a run that was stopped.",
+)
 @click.option("--iterations", type=click.IntRange(100), default=10500, show_default=True, help="Of the decoder.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -93,6 +99,7 @@ def distill(
     output: Path,
     streams: Path | None,
     lpips: Path | None,
+    start: Path | None,
     iterations: int,
     seed: int,
     device: str,
@@ -100,7 +107,8 @@ def distill(
 ) -> int:
     """Train a small autoencoder for the latent space of TEACHER: a decoder as ONNX, an encoder as safetensors.
 
-    It learns from a folder of photos and starts from random weights. Hours on a CPU.
+    It learns from a folder of photos and TEACHER's images of them, and starts from random weights or --start's. Hours
+    on a CPU.
     """
 
     def run(teacher: str) -> None:
@@ -113,6 +121,7 @@ def distill(
                 output,
                 streams=streams,
                 lpips=lpips,
+                start=start,
                 iterations=iterations,
                 seed=seed,
                 device=device,

@@ -1,10 +1,11 @@
 """Small autoencoders for a latent space, trained from a teacher's latents and a folder of photos.
 
-    photos -> teacher's encoder -> latents (computed once and cached)
-    latents, streams -> SmallDecoder -> image, compared with the photo
+    photos -> teacher's encoder -> latents -> teacher's decoder -> teacher's images (both computed once and cached)
+    latents, streams -> SmallDecoder -> image, compared with the photo and the teacher's image
     photo -> small encoder -> latent, compared with the teacher's, and through both decoders with the photo
 
-Everything starts from random weights. Training is seeded, checkpointed and resumed where it was stopped.
+A run starts from random weights or those of an earlier run. Training is seeded, checkpointed and resumed where it
+was stopped.
 """
 
 import hashlib
@@ -37,8 +38,8 @@ from .sources import load_decoder, load_encoder, receptive_halo
 # Larger photos are reduced to this long side: downscaled photos are sharp, and what is coded most is of this size.
 LONG_SIDE = 768
 
-# Latents on a side of a crop, and the least side of a photo in pixels, which the five scales of MS-SSIM need.
-CROP, LEAST_SIDE = 20, 176
+# Latents on a side of a crop, and the least side of a photo in pixels: a crop's (the five scales of MS-SSIM need 176).
+CROP, LEAST_SIDE = 24, 192
 
 # Photos kept from training, on which the log's validation figures are measured.
 HELD_OUT = 8
@@ -48,13 +49,20 @@ COLOUR_SCALES = (4, 16)
 
 CHECKPOINT_EVERY = 500
 
-# Weights of the losses beside the decoder's pixels (L1) and the encoder's latent (mean squared error).
-STRUCTURE_WEIGHT, FLATNESS_WEIGHT, FEATURES_WEIGHT, PIXELS_WEIGHT = 0.1, 2.0, 0.3, 1.0
+# Weights of the decoder's pixels (L1) and structure (MS-SSIM), against the photo and against the teacher's image. The
+# photo holds detail that no decoder can know from the latent, which is noise in the gradient. The teacher's image is
+# a function of the latent: all of it can be learnt. The photo says what is better than the teacher.
+PHOTO_PIXELS_WEIGHT, TEACHER_PIXELS_WEIGHT = 0.4, 1.0
+PHOTO_STRUCTURE_WEIGHT, TEACHER_STRUCTURE_WEIGHT = 0.05, 0.1
+
+# Weights of the losses against the photo alone: the decoder's, that of both, and the encoder's, which stands beside its
+# latent (mean squared error).
+FLATNESS_WEIGHT, FEATURES_WEIGHT, PIXELS_WEIGHT = 2.0, 0.3, 1.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a training run, apart from photos, streams and teacher.
+    """What determines a training run, apart from photos, streams, teacher and the weights that it starts from.
 
     ``crops`` of `CROP` x `CROP` latents make a batch. The learning rate rises over the first 2 % of the
     iterations and falls linearly to zero. The costly losses (features for the decoder, pixels for the encoder) start
@@ -63,7 +71,7 @@ class Settings:
 
     iterations: int
     seed: int = 0
-    crops: int = 6
+    crops: int = 4
     learning_rate: float = 2e-3
     plain: float = 0.25
 
@@ -75,6 +83,7 @@ def distill(
     *,
     streams: Path | None = None,
     lpips: Path | None = None,
+    start: Path | None = None,
     iterations: int = 10500,
     seed: int = 0,
     device: str = "cpu",
@@ -85,11 +94,15 @@ def distill(
 
     teacher, models: the autoencoder to learn from, and a folder to look for its weights in first.
     photos, streams: see `Photos`. lpips: a folder for `Lpips`; without, features are no part of the loss.
+    start: the folder of an earlier run; its weights, in decoder/checkpoint.pt and encoder/checkpoint.pt, are what this
+    run begins with instead of random ones, all else is new. A checkpoint in ``folder`` has precedence; a run that was
+    stopped before its encoder had one needs ``start`` again.
     iterations: the decoder's; the encoder's are half as many. report: called with lines about the progress.
     Gives the paths of the decoder (ONNX with its manifest, the weights stored in int8) and of the encoder
     (safetensors, float16). Raises ClricError and OSError.
     """
     source = load_decoder(teacher, models)
+    teacher_decoder = source.module.to(device)
     teacher_encoder = load_encoder(teacher, models).to(device)
 
     def encode(image: np.ndarray) -> np.ndarray:
@@ -99,12 +112,22 @@ def distill(
         with torch.inference_mode():
             return teacher_encoder(pixels)[0].cpu().numpy()
 
-    data = Photos(photos, source.name, encode, folder / "latents", streams, seed)
+    def decode(latent: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            pixels = teacher_decoder(torch.from_numpy(latent).to(device)[None])[0]
+            return (255 * pixels).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    torch.manual_seed(seed)
+    decoder, encoder = SmallDecoder(source.channels).to(device), small_encoder(source.channels).to(device)
+    if start is not None:
+        # Both now: who named a wrong folder should not learn it after hours of training.
+        _load_start(decoder, start, folder, "decoder")
+        _load_start(encoder, start, folder, "encoder")
+
+    data = Photos(photos, source.name, encode, decode, folder / "latents", streams, seed)
     report(f"{len(data.images)} photos, {sum(len(latents) - 1 for latents in data.latents)} streams of them")
     name = "lite" if source.space == "sd1" else f"lite-{source.space}"
 
-    torch.manual_seed(seed)
-    decoder = SmallDecoder(source.channels).to(device)
     settings = Settings(iterations, seed)
     features = None if lpips is None else Lpips(lpips).to(device)
     train_decoder(decoder, data, settings, folder / "decoder", features, device, report)
@@ -115,9 +138,8 @@ def distill(
     )  # fmt: skip
     onnx = folder / str(write_decoder(result, folder, "int8", stem=name)["file"])
 
-    encoder = small_encoder(source.channels).to(device)
-    settings = Settings(iterations // 2, seed, crops=4, plain=0.6)
-    painters = decoder.to(device).train().requires_grad_(False), source.module.to(device).requires_grad_(False)
+    settings = Settings(iterations // 2, seed, plain=0.6)
+    painters = decoder.to(device).train().requires_grad_(False), teacher_decoder.requires_grad_(False)
     train_encoder(encoder, data, settings, folder / "encoder", painters, features, device, report)
     weights = folder / f"{name}_encoder.safetensors"
     save_encoder(encoder, source.space, weights)
@@ -133,24 +155,27 @@ def save_encoder(encoder: nn.Module, space: str, path: Path) -> None:
 
 
 class Photos:
-    """Photos in memory, each with its latents: the teacher's, and those of streams."""
+    """Photos in memory, each with its latents (the teacher's, and those of streams) and the teacher's image."""
 
     def __init__(
         self,
         folder: Path,
         teacher: str,
         encode: Callable[[np.ndarray], np.ndarray],
+        decode: Callable[[np.ndarray], np.ndarray],
         cache: Path,
         streams: Path | None,
         seed: int,
     ) -> None:
         """encode: H x W x 3 uint8 -> C x h x w float32, called for photos whose latent is not in ``cache`` yet.
 
+        decode: C x h x w float32 -> 8h x 8w x 3 uint8, called for the teacher's latents whose image is not there yet.
         streams: a folder with encodings of the photos by clric-enc, in it or one folder down, each named as its
         photo with the suffix .clric.
         """
         cache.mkdir(parents=True, exist_ok=True)
         self.images: list[Tensor] = []
+        self.taught: list[Tensor] = []
         self.latents: list[list[Tensor]] = []
         files = sorted(file for file in folder.iterdir() if file.is_file())
         for i in np.random.default_rng(seed).permutation(len(files)):
@@ -158,7 +183,8 @@ class Photos:
             image = _reduced(read_image(file)[0])
             if min(image.shape[:2]) < LEAST_SIDE:
                 continue
-            latents = [_cached_latent(file, image, teacher, encode, cache)]
+            latent, taught = _cached_teaching(file, image, teacher, encode, decode, cache)
+            latents = [latent]
             if streams is not None:
                 for path in sorted([*streams.glob(f"{file.stem}.clric"), *streams.glob(f"*/{file.stem}.clric")]):
                     data = path.read_bytes()
@@ -166,6 +192,7 @@ class Photos:
                     if (header.height, header.width) == image.shape[:2]:
                         latents.append(decode_latent(data).astype(np.float16))
             self.images.append(torch.from_numpy(np.array(image)))
+            self.taught.append(torch.from_numpy(taught))
             self.latents.append([torch.from_numpy(latent) for latent in latents])
         if len(self.images) <= HELD_OUT:
             raise ClricError(
@@ -173,12 +200,12 @@ class Photos:
             )
         self.coded = [i for i, latents in enumerate(self.latents) if len(latents) > 1 and i >= HELD_OUT]
 
-    def batch(self, random: np.random.Generator, crops: int, coded: float) -> tuple[Tensor, Tensor]:
-        """Random crops: latents [N, C, s, s] and pixels [N, 3, 8s, 8s] in [0, 1].
+    def batch(self, random: np.random.Generator, crops: int, coded: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Random crops: latents [N, C, s, s], the photos' pixels and the teacher's [N, 3, 8s, 8s] in [0, 1].
 
-        A share ``coded`` of the latents are of streams, if there are any.
+        A share ``coded`` of the latents are of streams, if there are any; the teacher's pixels are of its own latent.
         """
-        latents, pixels = [], []
+        latents, pixels, taught = [], [], []
         for _ in range(crops):
             is_coded = self.coded and random.random() < coded
             i = int(random.choice(self.coded)) if is_coded else int(random.integers(HELD_OUT, len(self.images)))
@@ -187,9 +214,10 @@ class Photos:
             h, w = self.images[i].shape[0] // 8, self.images[i].shape[1] // 8
             y, x = (int(random.integers(0, side - CROP + 1)) for side in (h, w))
             latents.append(self.latents[i][k][:, y : y + CROP, x : x + CROP].float())
-            crop = self.images[i][8 * y : 8 * (y + CROP), 8 * x : 8 * (x + CROP)]
-            pixels.append(crop.permute(2, 0, 1).float() / 255)
-        return torch.stack(latents), torch.stack(pixels)
+            crop = slice(8 * y, 8 * (y + CROP)), slice(8 * x, 8 * (x + CROP))
+            pixels.append(self.images[i][crop].permute(2, 0, 1).float() / 255)
+            taught.append(self.taught[i][crop].permute(2, 0, 1).float() / 255)
+        return torch.stack(latents), torch.stack(pixels), torch.stack(taught)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole photos that `batch` never gives: latent [1, C, h, w] of the teacher, pixels [1, 3, 8h, 8w]."""
@@ -210,15 +238,17 @@ def train_decoder(
     """Trains a decoder in place, in ``folder``: see `_train`."""
 
     def loss(iteration: int, random: np.random.Generator) -> Tensor:
-        latent, pixels = (x.to(device) for x in photos.batch(random, settings.crops, coded=0.35))
+        latent, pixels, taught = (x.to(device) for x in photos.batch(random, settings.crops, coded=0.35))
         # A third of the clean and coded latents alike get noise of a random strength.
         strength = random.uniform(0, 0.25, (len(latent), 1, 1, 1)) * (random.random((len(latent), 1, 1, 1)) < 1 / 3)
         noise = torch.from_numpy(random.standard_normal(latent.shape, np.float32) * strength.astype(np.float32))
         image = decoder(latent + noise.to(device))
         # Neither structure nor features see a wrong colour of a whole area: scales that see little else.
         total = sum(F.l1_loss(F.avg_pool2d(image, side), F.avg_pool2d(pixels, side)) for side in COLOUR_SCALES)
-        total = total + F.l1_loss(image, pixels)
-        total = total + STRUCTURE_WEIGHT * (1 - ms_ssim(image, pixels, scales=4))
+        total = total + PHOTO_PIXELS_WEIGHT * F.l1_loss(image, pixels)
+        total = total + TEACHER_PIXELS_WEIGHT * F.l1_loss(image, taught)
+        total = total + PHOTO_STRUCTURE_WEIGHT * (1 - ms_ssim(image, pixels, scales=4))
+        total = total + TEACHER_STRUCTURE_WEIGHT * (1 - ms_ssim(image, taught, scales=4))
         total = total + FLATNESS_WEIGHT * flatness_loss(image, pixels)
         if lpips is not None and iteration >= settings.plain * settings.iterations:
             # Half of the batch: LPIPS of a crop costs as much as its decoding, and more crops teach more.
@@ -257,7 +287,7 @@ def train_encoder(
     """
 
     def loss(iteration: int, random: np.random.Generator) -> Tensor:
-        target, pixels = (x.to(device) for x in photos.batch(random, settings.crops, coded=0))
+        target, pixels, _ = (x.to(device) for x in photos.batch(random, settings.crops, coded=0))
         latent = encoder(pixels)
         # What lies beyond the crop is seen by the teacher and not by the student.
         inner = slice(2, -2)
@@ -352,6 +382,19 @@ def _train(
             losses, begin = [], time.monotonic()
 
 
+def _load_start(model: nn.Module, start: Path, folder: Path, half: str) -> None:
+    """The weights of an earlier run into a model, unless ``folder`` has a checkpoint of its own to go on from."""
+    if (folder / half / "checkpoint.pt").exists():
+        return
+    path = start / half / "checkpoint.pt"
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or brief(error)}; name the folder of an earlier run") from error
+    except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
+        raise ModelError(f"{path} holds no {half} to start from: {brief(error)}") from error
+
+
 def _reduced(image: np.ndarray) -> np.ndarray:
     height, width, _ = image.shape
     scale = LONG_SIDE / max(height, width)
@@ -361,14 +404,31 @@ def _reduced(image: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
-def _cached_latent(
-    file: Path, image: np.ndarray, teacher: str, encode: Callable[[np.ndarray], np.ndarray], cache: Path
-) -> np.ndarray:
-    """C x h x w float16; its file's name holds a hash of the teacher's name and the photo's bytes."""
+def _cached_teaching(
+    file: Path,
+    image: np.ndarray,
+    teacher: str,
+    encode: Callable[[np.ndarray], np.ndarray],
+    decode: Callable[[np.ndarray], np.ndarray],
+    cache: Path,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's latent, C x h x w float16, and its image of that, H x W x 3 uint8 of the photo's size.
+
+    The names of their files hold a hash of the teacher's name and the photo's bytes.
+    """
     digest = hashlib.sha256(teacher.encode() + b"\0" + file.read_bytes()).hexdigest()[:16]
-    place = cache / f"{file.stem}-{digest}.npy"
+    latent = _cached(cache / f"{file.stem}-{digest}.npy", lambda: encode(image).astype(np.float16))
+    height, width, _ = image.shape
+    taught = _cached(
+        cache / f"{file.stem}-{digest}-image.npy", lambda: decode(latent.astype(np.float32))[:height, :width]
+    )
+    return latent, taught
+
+
+def _cached(place: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """What the file holds; computed where there is none, and written beside its name and then renamed."""
     if not place.exists():
         scratch = place.with_suffix(".tmp.npy")
-        np.save(scratch, encode(image).astype(np.float16))
+        np.save(scratch, compute())
         os.replace(scratch, place)
     return np.load(place)

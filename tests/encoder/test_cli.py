@@ -56,7 +56,8 @@ def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_pat
     assert (facts["width"], facts["height"], facts["latent_space"]) == (24, 16, "sd1")
     assert facts["bytes"] == len(data)
     assert facts["bpp"] == pytest.approx(8 * len(data) / (24 * 16))
-    assert facts["training_distortion"] >= 0
+    assert facts["lambda"] == pytest.approx(0.5 * 10**0.75)
+    assert 0 <= facts["latent_mse"] < 1
     assert decode_latent(data).shape == (4, 2, 3)
 
 
@@ -90,6 +91,48 @@ def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path)
     assert b"photo.png" in seen
     assert b"Traceback" not in seen
     assert [entry.name for entry in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_a_folder_is_encoded_once_and_what_is_new_again(run: Run, tmp_path: Path) -> None:
+    """Images of two sizes and one that is none: streams of their own, the error last; then nothing is left to do."""
+    for number in range(3):
+        write_photo(tmp_path / f"{number}.png", 16 + 8 * (number == 1))
+    (tmp_path / "bad.png").write_text("text")
+    names = ["0.png", "bad.png", "1.png", "2.png"]
+    result = run("clric-enc", *names, "-o", "out/", "--preset", "fast")
+    lines = result.stderr.decode().splitlines()
+    assert result.returncode == 1
+    assert lines[-1].startswith("clric-enc: bad.png: not an image")
+    assert [line.split(" -> ")[0] for line in lines[:-1]] == ["0.png", "2.png", "1.png"]
+    streams = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert sorted(streams) == ["0.clric", "1.clric", "2.clric"]
+    assert read_header(streams["1.clric"]).height == 24
+
+    later = time.time() + 10
+    os.utime(tmp_path / "2.png", (later, later))
+    result = run("clric-enc", *names, "-o", "out/", "--preset", "fast", "--json", "--lambda", "9")
+    assert result.stderr.decode().splitlines()[0] == (
+        "clric-enc: 2 streams are newer than their images; --force encodes them too"
+    )
+    assert [json.loads(line)["file"] for line in result.stdout.splitlines()] == ["2.png"]
+    assert (tmp_path / "out/0.clric").read_bytes() == streams["0.clric"]
+    result = run("clric-enc", "0.png", "1.png", "-o", "out/", "--preset", "fast", "--force", "-q", "--lambda", "9")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert len((tmp_path / "out/0.clric").read_bytes()) < len(streams["0.clric"])
+
+
+def test_a_size_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = np.kron(rng.integers(0, 256, (20, 24, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    result = run("clric-enc", "photo.png", "--bytes", "0.7kB", "--preset", "fast", "--json")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert 0.97 * 700 <= json.loads(result.stdout)["bytes"] <= 700
+    assert (tmp_path / "photo.clric").stat().st_size == json.loads(result.stdout)["bytes"]
+    for target, words in (("10", "no smaller stream"), ("1MB", "can use no more")):
+        result = run("clric-enc", "photo.png", "--bytes", target, "--preset", "fast", "--json")
+        assert_one_line(result, 0, "photo.png: ", words, "were asked for")
+        assert json.loads(result.stdout)["bytes"] > 10
 
 
 def test_help_does_not_load_torch(tmp_path: Path) -> None:
@@ -133,6 +176,11 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("clric-enc"), 2, "IMAGE...")
     assert_one_line(run("clric-enc", photo.name, "--quality", "101"), 2, "--quality", "101")
     assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, "give one of them")
+    assert_one_line(run("clric-enc", photo.name, "--bpp", "1", "--bytes", "9"), 2, "give one of them")
+    for value in ("0", "-1", "nan", "101"):
+        assert_one_line(run("clric-enc", photo.name, "--bpp", value), 2, "--bpp", "at most 100")
+    for value in ("0", "-5", "8kb8", "many"):
+        assert_one_line(run("clric-enc", photo.name, "--bytes", value), 2, "--bytes", value)
     for value in ("0", "-1", "nan", "1e7"):
         assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "within 1e-06 to 1e+06")
     assert_one_line(run("clric-enc", photo.name, "--seed", "9" * 20), 2, "--seed", "4294967295")
@@ -166,12 +214,12 @@ def test_outputs_that_cannot_be_written_are_said_before_the_training(run: Run, t
     ("module", "reason"),
     [
         ("raise OSError('libtorch.so: wrong ELF class')", "cannot be loaded (libtorch.so: wrong ELF class)"),
-        ("def encode(*a, **k): raise RuntimeError('CUDA out of memory.\\nTried')", "not enough memory"),
-        ("def encode(*a, **k): raise RuntimeError('CUDA error:\\nlaunch')", "torch failed (CUDA error: launch)"),
+        ("def check_image(*a): raise RuntimeError('CUDA out of memory.\\nTried')", "not enough memory"),
+        ("def check_image(*a): raise RuntimeError('CUDA error:\\nlaunch')", "torch failed (CUDA error: launch)"),
     ],
 )
 def test_torch_that_fails_is_one_line_for_each_image(tmp_path: Path, module: str, reason: str) -> None:
-    """`encode` is replaced by one that fails as torch does."""
+    """The encoding module is replaced by one that fails as torch does."""
     code = (
         "import sys, clric_encoder, importlib.util\n"
         "class Finder:\n"

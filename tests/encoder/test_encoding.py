@@ -9,7 +9,7 @@ from clric_decoder import ClricError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode, encode_latent
-from clric_encoder.encoding import quality_to_lambda
+from clric_encoder.encoding import Rate, encode_latents, quality_to_lambda
 from clric_encoder.presets import PRESETS
 
 
@@ -31,7 +31,7 @@ def smooth_latent(channels: int, height: int, width: int, seed: int = 0) -> np.n
     return (0.8 * (values - values.mean()) / (values.std() + 1e-9)).astype(np.float32)
 
 
-def coded(latent: np.ndarray, lmbda: float = 0.5, **options) -> bytes:
+def coded(latent: np.ndarray, lmbda: float | None = 0.5, **options) -> bytes:
     height, width = (8 * side for side in latent.shape[1:])
     options = {"space": "sd1", "preset": "quick"} | options
     return encode_latent(latent, width=width, height=height, lmbda=lmbda, **options)
@@ -48,6 +48,39 @@ def test_smaller_lambda_buys_a_closer_latent_with_more_bytes() -> None:
     errors = [error(data, latent) for data in streams]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.02 * latent.var()
+
+
+def test_quality_is_monotone_in_size() -> None:
+    latent = smooth_latent(4, 24, 32)
+    sizes = [len(coded(latent, quality_to_lambda(quality))) for quality in range(0, 101, 10)]
+    assert sizes == sorted(sizes)
+    assert quality_to_lambda(90) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("preset", ["fast", "quick-paper"])
+def test_sizes_that_are_asked_for(preset) -> None:
+    latent = smooth_latent(4, 32, 40)
+    pixels = 64 * 32 * 40
+    for bpp in (0.1, 0.3):
+        data = coded(latent, None, bpp=bpp, preset=preset)
+        assert 0.97 * bpp * pixels / 8 <= len(data) <= bpp * pixels / 8
+    with pytest.warns(UserWarning, match="no smaller stream than .* 10 were asked for"):
+        assert len(coded(latent, None, size=10)) < 200
+    with pytest.warns(UserWarning, match="can use no more"):
+        assert error(coded(latent, None, size=100_000), latent) < 0.01
+
+
+def test_neighbours_in_a_batch_change_nothing_but_float_noise() -> None:
+    """Three latents of images of different sizes, together and alone."""
+    latents = np.stack([smooth_latent(4, 12, 16, seed) for seed in range(3)])
+    sizes = [(128, 96), (121, 90), (128, 89)]
+    together = encode_latents(latents, sizes, "sd1", Rate(0.5), preset="quick")
+    for latent, (width, height), encoded in zip(latents, sizes, together, strict=True):
+        alone = encode_latent(latent, width=width, height=height, space="sd1", lmbda=0.5, preset="quick")
+        assert (read_header(encoded.data).width, read_header(encoded.data).height) == (width, height)
+        assert len(encoded.data) == pytest.approx(len(alone), rel=0.05)
+        assert error(encoded.data, latent) == pytest.approx(error(alone, latent), rel=0.1)
+        assert encoded.latent_mse == pytest.approx(error(encoded.data, latent))
 
 
 def test_same_seed_same_bytes() -> None:

@@ -10,6 +10,7 @@ from clric_decoder.context import build_arms, predict
 from clric_decoder.entropy import ideal_bits
 from clric_decoder.networks import Parameters, parameter_groups
 from clric_decoder.synthesis import synthesize as decode
+from clric_encoder import function
 from clric_encoder.canvas import Canvas
 from clric_encoder.function import GridBits, Packing, Synthesis
 from clric_encoder.parameters import as_networks
@@ -55,7 +56,7 @@ def test_latent_is_the_decoders(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 13, 22)
     layout = Canvas(architecture, 13, 22, CPU)
-    ours = Synthesis(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout).latents[0].numpy()
+    ours = Synthesis(layout.join(batched(grids)), as_networks([networks], CPU), architecture, layout).latents[0].numpy()
     np.testing.assert_allclose(ours, decode(grids, networks, architecture), atol=1e-4, rtol=1e-4)
 
 
@@ -64,13 +65,22 @@ def test_bits_are_those_of_the_integer_model(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 40, 56)
     layout = Canvas(architecture, 40, 56, CPU)
-    trained = GridBits(layout.join(batched(grids)), as_networks(networks, CPU), architecture, layout).bits.item()
+    trained = GridBits(layout.join(batched(grids)), as_networks([networks], CPU), architecture, layout).bits.item()
     coded = 0.0
     for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
         coded += ideal_bits(*predict(grid, arm, architecture, coarser)).sum()
     assert coded == pytest.approx(trained, rel=0.01)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def backend(request, monkeypatch) -> None:
+    """The compiled loops of CPUs, and the torch code of all other devices, here on a CPU too."""
+    assert function.kernels is not None
+    if request.param == "torch":
+        monkeypatch.setattr(function, "kernels", None)
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", [(21, 34), (3, 300)])
 @pytest.mark.parametrize("name", [*NAMES, "arm-coarser-only"])
 def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
@@ -85,11 +95,11 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     canvas = layout.join(grids)
     vectors = packing.defaults + 0.1 * torch.randn(2, len(packing.defaults))
     networks = packing.split(vectors)
-    grid_bits = GridBits(canvas, networks, architecture, layout)
+    grid_bits = GridBits(canvas, networks, architecture, layout, torch.full((2,), 1 / 1000))
     synthesis = Synthesis(canvas, networks, architecture, layout)
     bits, latents = grid_bits.bits, synthesis.latents
     to_canvas, to_vectors = torch.zeros_like(canvas), packing.bits_gradient(vectors) / 1000
-    grid_bits.backward(torch.full((2,), 1 / 1000), packing.split(to_vectors), to_canvas)
+    grid_bits.backward(packing.split(to_vectors), to_canvas)
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(to_vectors), to_canvas)
     got = layout.split(to_canvas)
 

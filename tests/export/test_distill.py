@@ -1,16 +1,19 @@
 """Distillation: its losses against independent computation, runs that stop and go on, and what it leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from clric_decoder.autoencoder import decode_image, decode_tiled, open_decoder
 from clric_decoder.errors import ClricError, ModelError
 from clric_encoder.autoencoder import load_encoder
 from clric_export import distill as distillation
-from clric_export.distill import distill
+from clric_export.cli import command
+from clric_export.distill import Photos, Settings, distill, train_decoder
 from clric_export.losses import Lpips, flatness_loss, ms_ssim
 from clric_export.muon import Muon
 from clric_export.small import SmallDecoder, small_encoder
@@ -119,12 +122,23 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for i in range(10):
         pixels = Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8))
-        pixels.resize((820, 240) if i == 0 else (200, 184), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        pixels.resize((820, 240) if i == 0 else (200, 192), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(teacher: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The folder of a run of four iterations, and the files that it left."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, distill("taesd", photos, folder, iterations=4, models=teacher)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    teacher: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path,
+    photos: Path,
+    finished: tuple[Path, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distillation, "CHECKPOINT_EVERY", 2)
 
@@ -132,7 +146,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         if line.startswith('decoder: {"iteration": 2'):
             raise KeyboardInterrupt
 
-    straight = distill("taesd", photos, tmp_path / "straight", iterations=4, models=teacher)
+    _, straight = finished
     with pytest.raises(KeyboardInterrupt):
         distill("taesd", photos, tmp_path / "stopped", iterations=4, models=teacher, report=stop)
     resumed = distill("taesd", photos, tmp_path / "stopped", iterations=4, models=teacher)
@@ -150,19 +164,115 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert decoder.stat().st_size < 0.3 * 4 * sum(p.numel() for p in SmallDecoder(4).parameters())
     image = np.asarray(Image.open(photos / "1.png"))
     latent = load_encoder(str(encoder)).encode(image)
-    assert latent.shape == (4, 23, 25)
+    assert latent.shape == (4, 24, 25)
     painter = open_decoder(decoder, "sd1")
-    assert decode_image(painter, latent, 200, 184).shape == (184, 200, 3)
+    assert decode_image(painter, latent, 200, 192).shape == (192, 200, 3)
     # Tiles with the manifest's halo are exact.
     latent = np.random.default_rng(0).standard_normal((4, 70, 40)).astype(np.float32)
     whole = decode_tiled(painter, latent, 70 * 40)
     np.testing.assert_allclose(decode_tiled(painter, latent, 1), whole, atol=1e-5)
 
 
+def test_a_run_begins_with_the_weights_of_another(
+    teacher: Path, photos: Path, finished: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    folder, files = finished
+    before = [file.read_bytes() for file in files]
+    # A run that learns nothing leaves what it began with.
+    copies = distill("taesd", photos, tmp_path / "out", start=folder, iterations=0, models=teacher)
+    assert [file.read_bytes() for file in copies] == before
+    # What a folder itself holds goes first.
+    again = distill("taesd", photos, folder, start=tmp_path / "nowhere", iterations=4, models=teacher)
+    assert [file.read_bytes() for file in again] == before
+
+
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+@pytest.mark.parametrize("content", [None, b"damaged", {}, {"model": {}}])
+def test_a_start_that_cannot_be_read_is_one_line(
+    teacher: Path,
+    photos: Path,
+    finished: tuple[Path, list[Path]],
+    half: str,
+    content: object,
+    tmp_path: Path,
+) -> None:
+    for part in ("decoder", "encoder"):
+        (tmp_path / "start" / part).mkdir(parents=True)
+        shutil.copy(finished[0] / part / "checkpoint.pt", tmp_path / "start" / part)
+    path = tmp_path / "start" / half / "checkpoint.pt"
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    options = {"--photos": photos, "--output": tmp_path / "out", "--models": teacher, "--start": tmp_path / "start"}
+    arguments = [str(argument) for option in options.items() for argument in option]
+    result = CliRunner().invoke(command, ["distill", "taesd", *arguments], standalone_mode=False)
+    assert result.return_value == 1
+    # Before anything was computed, and the only line.
+    assert result.output.count("\n") == 1
+    assert str(path) in result.output
+
+
+def test_the_teachers_image_is_kept_beside_the_photo(photos: Path, tmp_path: Path) -> None:
+    """With averages of 8 x 8 pixels as latents, and squares of these colours as the teacher's images."""
+
+    def encode(image: np.ndarray) -> np.ndarray:
+        padded = np.pad(image, ((0, -image.shape[0] % 8), (0, -image.shape[1] % 8), (0, 0)), mode="edge")
+        return padded.reshape(len(padded) // 8, 8, -1, 8, 3).mean((1, 3)).transpose(2, 0, 1).astype(np.float32)
+
+    def decode(latent: np.ndarray) -> np.ndarray:
+        return latent.repeat(8, 1).repeat(8, 2).transpose(1, 2, 0).round().astype(np.uint8)
+
+    def never(array: np.ndarray) -> np.ndarray:
+        raise AssertionError("it was there already")
+
+    for functions in ((encode, decode), (never, never)):
+        data = Photos(photos, "averages", *functions, tmp_path, None, 0)
+        assert (225, 768, 3) in {tuple(taught.shape) for taught in data.taught}
+        assert [taught.shape for taught in data.taught] == [image.shape for image in data.images]
+        latents, pixels, taught = data.batch(np.random.default_rng(0), 6, coded=0)
+        assert pixels.shape == taught.shape == (6, 3, 192, 192)
+        blocks = latents.repeat_interleave(8, 2).repeat_interleave(8, 3) / 255
+        np.testing.assert_allclose(taught, blocks, atol=0.51 / 255)
+        np.testing.assert_allclose(torch.nn.functional.avg_pool2d(pixels, 8), latents / 255, atol=0.1 / 255)
+
+
+def test_the_teachers_image_is_its_decoders(teacher: Path, finished: tuple[Path, list[Path]]) -> None:
+    image, latent = (np.load(path) for path in sorted((finished[0] / "latents").glob("0-*")))
+    assert (image.shape, image.dtype) == ((225, 768, 3), np.uint8)
+    with torch.inference_mode():
+        painted = load_decoder("taesd", teacher).module(torch.from_numpy(latent)[None].float())
+    np.testing.assert_allclose(image, 255 * painted[0].permute(1, 2, 0)[:225], atol=0.51)
+
+
+def test_the_decoder_learns_from_the_photo_and_from_the_teacher(tmp_path: Path) -> None:
+    """Photos of noise, of which a decoder can know how bright they are, and a teacher who paints a checkerboard."""
+    board = np.indices((192, 192)).sum(0) % 2
+
+    def learn(name: str, darkest: int, taught: np.ndarray) -> np.ndarray:
+        random = np.random.default_rng(0)
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(9):
+            Image.fromarray(random.integers(darkest, darkest + 128, (192, 192, 3), np.uint8)).save(folder / f"{i}.png")
+        image = (255 * taught).astype(np.uint8)[..., None].repeat(3, 2)
+        latent = np.zeros((4, 24, 24), np.float32)
+        data = Photos(folder, name, lambda _: latent, lambda _: image, tmp_path / "latents", None, 0)
+        torch.manual_seed(0)
+        decoder = SmallDecoder(4)
+        train_decoder(decoder, data, Settings(4, crops=2), folder / "decoder", None, "cpu", lambda line: None)
+        return decoder.eval()(torch.from_numpy(latent)[None]).detach().numpy()
+
+    dark, bright, inverse = learn("dark", 0, board), learn("bright", 128, board), learn("inverse", 0, 1 - board)
+    assert bright.mean() > dark.mean() + 0.02
+    assert ((dark - inverse) * (2 * board - 1)).mean() > 0.005
+
+
 def test_streams_of_the_photos_are_used(teacher: Path, photos: Path, tmp_path: Path, make_stream) -> None:
     (tmp_path / "coded").mkdir()
     for i in range(10):
-        (tmp_path / f"coded/{i}.clric").write_bytes(make_stream(width=200, height=184))
+        (tmp_path / f"coded/{i}.clric").write_bytes(make_stream(width=200, height=192))
     lines: list[str] = []
     arguments = {"streams": tmp_path, "iterations": 2, "models": teacher}
     distill("taesd", photos, tmp_path / "out", **arguments, report=lines.append)
@@ -170,5 +280,5 @@ def test_streams_of_the_photos_are_used(teacher: Path, photos: Path, tmp_path: P
 
 
 def test_too_few_photos_is_one_clear_error(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClricError, match="holds 0 photos with sides of at least 176: hundreds are needed"):
+    with pytest.raises(ClricError, match="holds 0 photos with sides of at least 192: hundreds are needed"):
         distill("taesd", teacher, tmp_path, models=teacher)
