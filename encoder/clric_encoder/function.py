@@ -12,6 +12,7 @@ left to autograd: `GridBits` and `Synthesis` compute on construction and keep wh
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -213,6 +214,11 @@ def _fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
     padded = padded[..., : width + 2 * margin]
     inner = padded[:, :, margin:-margin, margin:-margin]
     return torch.ops.aten.replication_pad2d_backward(padded, inner, [margin] * 4)
+
+
+def function_threads() -> contextlib.AbstractContextManager[None]:
+    """Around work with functions: puts the processor's threads where they are of use."""
+    return contextlib.nullcontext() if kernels is None else kernels.own_threads()
 
 
 def _compiled(tensor: torch.Tensor) -> bool:

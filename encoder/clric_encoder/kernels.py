@@ -9,22 +9,23 @@ Arrays and tensors are of float32 where nothing else is said.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 # Values of a block, about: with its activations it fits the second cache of a core.
 _BLOCK = 1024
 
-# numba's threads serve one caller at a time.
-_lock = threading.Lock()
-_most_threads = numba.get_num_threads()
+# Multiply-accumulates for which it pays to wake a thread.
+_LEAST_WORK = 3_000_000
 
 _LOG2_E = np.float32(1 / math.log(2))
 _LN_2 = np.float32(math.log(2))
@@ -50,8 +51,22 @@ def arm_bits(
     limits: largest activation, range of the logarithm of the scale, smallest probability.
     The gradients are by the mean (batch, rows * stride), by what neighbours see, by scales, weights and biases.
     """
-    arrays = [x.contiguous().numpy() for x in (seen, flat, mask, scales, weights, biases, prices)]
-    return _call(_arm_bits, *arrays, np.array(places), np.array(sizes), np.array(limits, np.float32))
+    batch, count = flat.shape
+    stride = count // scales.shape[1]
+    block = max(1, _BLOCK // stride) * stride
+    blocks = -(-count // block)
+    bits = torch.empty(batch, blocks)
+    by_mean, by_scales, by_seen = torch.empty_like(flat), torch.empty_like(scales), torch.zeros_like(seen)
+    by_inputs = torch.empty(batch, len(places), count)
+    by_weights, by_biases = torch.empty(batch, blocks, weights.shape[1]), torch.empty(batch, blocks, biases.shape[1])
+    where, limit = np.array(places), np.array(limits, np.float32)
+    results = (bits, by_mean, by_inputs, by_scales, by_weights, by_biases)
+    arrays = _arrays(seen, flat, mask, scales, weights, biases, prices, *results)
+    work = batch * count * weights.shape[1]
+    _spread(_arm_bits, batch * blocks, work, *arrays, where, np.array(sizes), limit, block)
+    parts = -(-seen.shape[1] // _BLOCK)
+    _spread(_scatter, batch * parts, work, *_arrays(by_inputs, by_seen), where)
+    return [bits.sum(1), by_mean, by_seen, by_scales, by_weights.sum(1), by_biases.sum(1)]
 
 
 def convolve(
@@ -62,15 +77,20 @@ def convolve(
     flat: (batch, in, n). shifts: one, or a multiple of three. weight: (batch, out, in, shifts). Gives (batch, out,
     count).
     """
-    arrays = [x.contiguous().numpy() for x in (flat, weight, bias)]
-    (outputs,) = _call(_convolve, *arrays, np.array(shifts), count)
+    outputs = torch.empty(*weight.shape[:2], count)
+    tasks = len(flat) * -(-count // _BLOCK)
+    _spread(_convolve, tasks, weight.numel() * count, *_arrays(flat, weight, bias, outputs), np.array(shifts))
     return outputs
 
 
 def convolve_weights(flat: torch.Tensor, shifts: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
     """The gradient of `convolve` by its weight: that by its outputs (batch, out, count) -> (batch, out, in, shifts)."""
-    (result,) = _call(_convolve_weights, flat.contiguous().numpy(), gradient.contiguous().numpy(), np.array(shifts))
-    return result
+    (batch, channels, _), (_, outputs, count) = flat.shape, gradient.shape
+    blocks = -(-count // _BLOCK)
+    parts = torch.empty(batch, blocks, outputs, channels, len(shifts))
+    work = parts[:, 0].numel() * count
+    _spread(_convolve_weights, batch * blocks, work, *_arrays(flat, gradient, parts), np.array(shifts))
+    return parts.sum(1)
 
 
 def fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
@@ -78,13 +98,16 @@ def fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
 
     Of each row the first width + 2 margin values count.
     """
-    (result,) = _call(_fold, padded.contiguous().numpy(), margin, width)
+    batch, channels, rows, _ = padded.shape
+    result = torch.zeros(batch, channels, rows - 2 * margin, width)
+    _spread(_fold, batch * channels, padded.numel(), *_arrays(padded, result), margin)
     return result
 
 
 def double(inputs: torch.Tensor, taps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """inputs (batch, C, h, w) upsampled by 2 with taps (batch, 4), cut to (batch, C, height, width)."""
-    (outputs,) = _call(_double, inputs.contiguous().numpy(), taps.contiguous().numpy(), height, width)
+    outputs = torch.empty(*inputs.shape[:2], height, width)
+    _spread(_double, inputs.shape[:2].numel(), 16 * inputs.numel(), *_arrays(inputs, taps, outputs))
     return outputs
 
 
@@ -92,19 +115,54 @@ def double_backward(
     gradient: torch.Tensor, inputs: torch.Tensor, taps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of `double` by its outputs -> by inputs and taps."""
-    arrays = [x.contiguous().numpy() for x in (gradient, inputs, taps)]
-    to_inputs, to_taps = _call(_double_backward, *arrays)
-    return to_inputs, to_taps
+    to_inputs, to_taps = torch.zeros_like(inputs), torch.zeros(*inputs.shape[:2], 4)
+    arrays = _arrays(gradient, inputs, taps, to_inputs, to_taps)
+    _spread(_double_backward, inputs.shape[:2].numel(), 48 * inputs.numel(), *arrays)
+    return to_inputs, to_taps.sum(1)
 
 
-def _call(function: Any, *arguments: Any) -> list[torch.Tensor]:
-    """A compiled function on as many threads as torch uses."""
-    with _lock:
-        numba.set_num_threads(min(torch.get_num_threads(), _most_threads))
-        return [torch.from_numpy(array) for array in function(*arguments)]
+def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
+    return [tensor.contiguous().numpy() for tensor in tensors]
 
 
-@njit(fastmath=True, cache=True)
+_pools: list[ThreadPoolExecutor] = []
+os.register_at_fork(after_in_child=_pools.clear)  # a child has none of its parent's threads
+
+_threads = threading.local()
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """Gives torch's threads to the loops here while it lasts.
+
+    Between torch's operations its threads wait in a busy loop; and tensors of this size are too small for them.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _threads.count = count
+    try:
+        yield
+    finally:
+        del _threads.count
+        torch.set_num_threads(count)
+
+
+def _spread(function: Any, tasks: int, work: int, *arguments: Any) -> None:
+    """Calls function(first, last, *arguments) for all tasks, on as many threads as there are and the work is worth."""
+    threads = min(getattr(_threads, "count", 1), tasks, 1 + work // _LEAST_WORK)
+    if threads == 1:
+        function(0, tasks, *arguments)
+        return
+    if not _pools:
+        _pools.append(ThreadPoolExecutor(thread_name_prefix="clric"))
+    bounds = [tasks * i // threads for i in range(threads + 1)]
+    futures = [_pools[0].submit(function, bounds[i], bounds[i + 1], *arguments) for i in range(1, threads)]
+    function(bounds[0], bounds[1], *arguments)
+    for future in futures:
+        future.result()
+
+
+@njit(fastmath=True, cache=True, nogil=True)
 def _exp2(values: np.ndarray, scratch: np.ndarray) -> None:
     """2^x in place, for x in [-126, 126]: 1e-7 of the result off at most. scratch: int32 of the same length."""
     for i in range(len(values)):
@@ -126,7 +184,7 @@ def _exp2(values: np.ndarray, scratch: np.ndarray) -> None:
         values[i] *= powers[i]
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _sum_of_log2(values: np.ndarray, mask: np.ndarray) -> np.floating:
     """The sum of mask * log2(x) for positive, normal x, each 1e-7 off at most."""
     # x = 2^e * m with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 artanh((m - 1) / (m + 1))
@@ -148,7 +206,7 @@ def _sum_of_log2(values: np.ndarray, mask: np.ndarray) -> np.floating:
     return total
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _add_products(out: np.ndarray, weights: np.ndarray, first: int, step: int, rows: np.ndarray, count: int) -> None:
     """out += sum over k < count of weights[first + k * step] * rows[k]."""
     k = 0
@@ -166,7 +224,7 @@ def _add_products(out: np.ndarray, weights: np.ndarray, first: int, step: int, r
         k += 1
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _dot(a: np.ndarray, b: np.ndarray) -> np.floating:
     total = np.float32(0)
     for i in range(len(a)):
@@ -174,8 +232,10 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.floating:
     return total
 
 
-@njit(fastmath=True, cache=True, parallel=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _arm_bits(
+    first_task: int,
+    last_task: int,
     seen: np.ndarray,
     flat: np.ndarray,
     mask: np.ndarray,
@@ -183,31 +243,25 @@ def _arm_bits(
     weights: np.ndarray,
     biases: np.ndarray,
     prices: np.ndarray,
+    bits: np.ndarray,
+    by_mean: np.ndarray,
+    by_inputs: np.ndarray,
+    by_scales: np.ndarray,
+    by_weights: np.ndarray,
+    by_biases: np.ndarray,
     places: np.ndarray,
     sizes: np.ndarray,
     limits: np.ndarray,
-) -> tuple[np.ndarray, ...]:
-    batch, count = flat.shape
-    rows = scales.shape[1]
-    stride = count // rows
+    block: int,
+) -> None:
+    count, blocks = flat.shape[1], bits.shape[1]
+    stride = count // scales.shape[1]
     layers = len(sizes) - 1
-    block = max(1, _BLOCK // stride)
-    blocks = (rows + block - 1) // block
-    height = 0
-    for size in sizes:
-        height += size
+    height = sizes.sum()
     largest, low, high, least = limits[0], limits[1], limits[2], limits[3]
-
-    bits = np.zeros((batch, blocks), np.float32)
-    by_mean = np.empty((batch, count), np.float32)
-    by_inputs = np.empty((batch, sizes[0], count), np.float32)
-    by_scales = np.empty((batch, rows), np.float32)
-    by_weights = np.zeros((batch, blocks, weights.shape[1]), np.float32)
-    by_biases = np.zeros((batch, blocks, biases.shape[1]), np.float32)
-    for task in prange(batch * blocks):
+    for task in range(first_task, last_task):
         b, c = task // blocks, task % blocks
-        start = c * block * stride
-        stop = min(rows, (c + 1) * block) * stride
+        start, stop = c * block, min(count, (c + 1) * block)
         n = stop - start
         activations = np.empty((height, n), np.float32)
         for k in range(sizes[0]):
@@ -285,30 +339,38 @@ def _arm_bits(
                         below[i] = below[i] if np.float32(0) < row[i] < largest else np.float32(0)
         by_inputs[b, :, start:stop] = gradients[: sizes[0]]
 
-    by_seen = np.zeros(seen.shape, np.float32)
-    parts = (seen.shape[1] + _BLOCK - 1) // _BLOCK
-    for task in prange(batch * parts):
+
+@njit(fastmath=True, cache=True, nogil=True)
+def _scatter(first_task: int, last_task: int, by_inputs: np.ndarray, by_seen: np.ndarray, places: np.ndarray) -> None:
+    """Gradients by inputs, added where the inputs stand."""
+    count, size = by_inputs.shape[2], by_seen.shape[1]
+    parts = (size + _BLOCK - 1) // _BLOCK
+    for task in range(first_task, last_task):
         b, start = task // parts, task % parts * _BLOCK
         for k in range(len(places)):
-            # Values whose k-th input lies in this block
+            # Values whose k-th input lies in this part
             first = max(0, start - places[k])
-            last = min(count, min(seen.shape[1], start + _BLOCK) - places[k])
+            last = min(count, min(size, start + _BLOCK) - places[k])
             if first < last:
                 target, source = by_seen[b, places[k] + first : places[k] + last], by_inputs[b, k, first:last]
                 for i in range(last - first):
                     target[i] += source[i]
-    return bits.sum(1), by_mean, by_seen, by_scales, by_weights.sum(1), by_biases.sum(1)
 
 
-@njit(fastmath=True, cache=True, parallel=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _convolve(
-    flat: np.ndarray, weights: np.ndarray, biases: np.ndarray, shifts: np.ndarray, count: int
-) -> tuple[np.ndarray]:
-    batch, channels, _ = flat.shape
-    outputs = weights.shape[1]
+    first_task: int,
+    last_task: int,
+    flat: np.ndarray,
+    weights: np.ndarray,
+    biases: np.ndarray,
+    result: np.ndarray,
+    shifts: np.ndarray,
+) -> None:
+    channels = flat.shape[1]
+    _, outputs, count = result.shape
     blocks = (count + _BLOCK - 1) // _BLOCK
-    result = np.empty((batch, outputs, count), np.float32)
-    for task in prange(batch * blocks):
+    for task in range(first_task, last_task):
         b, start = task // blocks, task % blocks * _BLOCK
         n = min(count, start + _BLOCK) - start
         for o in range(outputs):
@@ -327,16 +389,16 @@ def _convolve(
                         u, v, w = source[first : first + n], source[second : second + n], source[third : third + n]
                         for i in range(n):
                             row[i] += x * u[i] + y * v[i] + z * w[i]
-    return (result,)
 
 
-@njit(fastmath=True, cache=True, parallel=True)
-def _convolve_weights(flat: np.ndarray, gradient: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray]:
-    batch, channels, _ = flat.shape
-    outputs, count = gradient.shape[1:]
-    blocks = (count + _BLOCK - 1) // _BLOCK
-    parts = np.empty((batch, blocks, outputs, channels, len(shifts)), np.float32)
-    for task in prange(batch * blocks):
+@njit(fastmath=True, cache=True, nogil=True)
+def _convolve_weights(
+    first_task: int, last_task: int, flat: np.ndarray, gradient: np.ndarray, parts: np.ndarray, shifts: np.ndarray
+) -> None:
+    channels = flat.shape[1]
+    _, outputs, count = gradient.shape
+    blocks = parts.shape[1]
+    for task in range(first_task, last_task):
         b, block = task // blocks, task % blocks
         start, stop = block * _BLOCK, min(count, block * _BLOCK + _BLOCK)
         for o in range(outputs):
@@ -344,15 +406,13 @@ def _convolve_weights(flat: np.ndarray, gradient: np.ndarray, shifts: np.ndarray
             for c in range(channels):
                 for s in range(len(shifts)):
                     parts[b, block, o, c, s] = _dot(own, flat[b, c, start + shifts[s] : stop + shifts[s]])
-    return (parts.sum(1),)
 
 
-@njit(fastmath=True, cache=True, parallel=True)
-def _fold(padded: np.ndarray, margin: int, width: int) -> tuple[np.ndarray]:
-    batch, channels, rows, _ = padded.shape
-    height = rows - 2 * margin
-    result = np.zeros((batch, channels, height, width), np.float32)
-    for task in prange(batch * channels):
+@njit(fastmath=True, cache=True, nogil=True)
+def _fold(first_task: int, last_task: int, padded: np.ndarray, result: np.ndarray, margin: int) -> None:
+    _, channels, rows, _ = padded.shape
+    height, width = result.shape[2:]
+    for task in range(first_task, last_task):
         b, c = task // channels, task % channels
         for y in range(rows):
             source, target = padded[b, c, y], result[b, c, min(max(y - margin, 0), height - 1)]
@@ -361,10 +421,9 @@ def _fold(padded: np.ndarray, margin: int, width: int) -> tuple[np.ndarray]:
             for x in range(margin):
                 target[0] += source[x]
                 target[width - 1] += source[margin + width + x]
-    return (result,)
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _tall(plane: np.ndarray, taps: np.ndarray, height: int) -> np.ndarray:
     """A plane (h, w) upsampled along its columns, (height, w).
 
@@ -381,17 +440,17 @@ def _tall(plane: np.ndarray, taps: np.ndarray, height: int) -> np.ndarray:
     return result
 
 
-@njit(fastmath=True, cache=True)
+@njit(fastmath=True, cache=True, nogil=True)
 def _neighbour(place: int, tap: int, last: int) -> int:
     offset = tap - 2 if place % 2 == 0 else 2 - tap
     return min(max(place // 2 + offset, 0), last)
 
 
-@njit(fastmath=True, cache=True, parallel=True)
-def _double(inputs: np.ndarray, taps: np.ndarray, height: int, width: int) -> tuple[np.ndarray]:
-    batch, channels, _, narrow = inputs.shape
-    result = np.empty((batch, channels, height, width), np.float32)
-    for task in prange(batch * channels):
+@njit(fastmath=True, cache=True, nogil=True)
+def _double(first_task: int, last_task: int, inputs: np.ndarray, taps: np.ndarray, result: np.ndarray) -> None:
+    _, channels, _, narrow = inputs.shape
+    height, width = result.shape[2:]
+    for task in range(first_task, last_task):
         b, c = task // channels, task % channels
         tall = _tall(inputs[b, c], taps[b], height)
         t0, t1, t2, t3 = taps[b, 0], taps[b, 1], taps[b, 2], taps[b, 3]
@@ -405,16 +464,21 @@ def _double(inputs: np.ndarray, taps: np.ndarray, height: int, width: int) -> tu
                 row[2 * x] = t0 * line[x] + t1 * line[x + 1] + t2 * line[x + 2] + t3 * line[x + 3]
             for x in range(width // 2):
                 row[2 * x + 1] = t0 * line[x + 4] + t1 * line[x + 3] + t2 * line[x + 2] + t3 * line[x + 1]
-    return (result,)
 
 
-@njit(fastmath=True, cache=True, parallel=True)
-def _double_backward(gradient: np.ndarray, inputs: np.ndarray, taps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    batch, channels, short, narrow = inputs.shape
+@njit(fastmath=True, cache=True, nogil=True)
+def _double_backward(
+    first_task: int,
+    last_task: int,
+    gradient: np.ndarray,
+    inputs: np.ndarray,
+    taps: np.ndarray,
+    to_inputs: np.ndarray,
+    to_taps: np.ndarray,
+) -> None:
+    _, channels, short, narrow = inputs.shape
     height, width = gradient.shape[2:]
-    to_inputs = np.zeros(inputs.shape, np.float32)
-    to_taps = np.zeros((batch, channels, 4), np.float32)
-    for task in prange(batch * channels):
+    for task in range(first_task, last_task):
         b, c = task // channels, task % channels
         tall = _tall(inputs[b, c], taps[b], height)
         t0, t1, t2, t3 = taps[b, 0], taps[b, 1], taps[b, 2], taps[b, 3]
@@ -455,4 +519,3 @@ def _double_backward(gradient: np.ndarray, inputs: np.ndarray, taps: np.ndarray)
                     target[x] += weight * to_line[x + 2]
                     total += to_line[x + 2] * source[x]
                 own[tap] += total
-    return to_inputs, to_taps.sum(1)

@@ -14,7 +14,7 @@ from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
 from .canvas import Canvas
-from .function import GridBits, Networks, Packing, Synthesis
+from .function import GridBits, Networks, Packing, Synthesis, function_threads
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
@@ -129,6 +129,20 @@ def overfit(
     A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
     same arguments give the same functions on the same device, versions and number of threads.
     """
+    with function_threads():
+        return _overfit(latents, lmbdas, pixels, preset, targets, seed, device, report)
+
+
+def _overfit(
+    latents: np.ndarray,
+    lmbdas: Sequence[float],
+    pixels: Sequence[int],
+    preset: Preset,
+    targets: Targets | None,
+    seed: int,
+    device: str,
+    report: Report | None,
+) -> list[Function]:
     control = RateControl(targets.sizes) if targets is not None else None
     trainer = _Trainer(latents, lmbdas, pixels, preset, control, device, report)
     functions = trainer.functions(*trainer.run(seed, targets))
