@@ -74,8 +74,7 @@ def convolve(
 ) -> torch.Tensor:
     """outputs[b, o, p] = bias[b, o] + sum over c and s of weight[b, o, c, s] * flat[b, c, p + shifts[s]].
 
-    flat: (batch, in, n). shifts: one, or a multiple of three. weight: (batch, out, in, shifts). Gives (batch, out,
-    count).
+    flat: (batch, in, n). shifts: a multiple of three. weight: (batch, out, in, shifts). Gives (batch, out, count).
     """
     outputs = torch.empty(*weight.shape[:2], count)
     tasks = len(flat) * -(-count // _BLOCK)
@@ -378,17 +377,12 @@ def _convolve(
             row[:] = biases[b, o]
             for c in range(channels):
                 source, weight = flat[b, c], weights[b, o, c]
-                if len(shifts) == 1:
-                    x, own = weight[0], source[start + shifts[0] : start + shifts[0] + n]
+                for s in range(0, len(shifts), 3):
+                    x, y, z = weight[s], weight[s + 1], weight[s + 2]
+                    first, second, third = start + shifts[s], start + shifts[s + 1], start + shifts[s + 2]
+                    u, v, w = source[first : first + n], source[second : second + n], source[third : third + n]
                     for i in range(n):
-                        row[i] += x * own[i]
-                else:
-                    for s in range(0, len(shifts), 3):
-                        x, y, z = weight[s], weight[s + 1], weight[s + 2]
-                        first, second, third = start + shifts[s], start + shifts[s + 1], start + shifts[s + 2]
-                        u, v, w = source[first : first + n], source[second : second + n], source[third : third + n]
-                        for i in range(n):
-                            row[i] += x * u[i] + y * v[i] + z * w[i]
+                        row[i] += x * u[i] + y * v[i] + z * w[i]
 
 
 @njit(fastmath=True, cache=True, nogil=True)
