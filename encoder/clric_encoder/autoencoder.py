@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -27,12 +27,12 @@ from clric_decoder.models import (
     find_weights,
     missing_weights,
 )
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.autoencoders.vae import EncoderTiny
-from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
+
+# diffusers and huggingface_hub take seconds to import, and are imported where they are needed: the encoders of TAESD's
+# kind, what comes with clric among them, go without.
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # The layers up to the last stride bring the image to an eighth of its size; only they work at sizes where memory
 # matters. With the TAESD family, backwards from a feature at 1/8: stride 2 (1 at 1/4), three blocks of three 3x3
@@ -105,7 +105,7 @@ def _tiny_run(layers: nn.Sequential, device: str) -> Callable[[np.ndarray], Tens
     return lambda image: tail(_in_tiles(head, image, _TINY_HALO, _TINY_PIXELS, blend=False, device=device))
 
 
-def _kl_run(vae: AutoencoderKL, autoencoder: Autoencoder, device: str) -> Callable[[np.ndarray], Tensor]:
+def _kl_run(vae: "AutoencoderKL", autoencoder: Autoencoder, device: str) -> Callable[[np.ndarray], Tensor]:
     """Padded image -> latent by an AutoencoderKL (input [-1, 1]): its posterior's mean, scaled."""
 
     def network(pixels: Tensor) -> Tensor:
@@ -179,29 +179,41 @@ def _fade(start: int, end: int, length: int, halo: int) -> Tensor:
     return torch.minimum(rise, fall).clamp(max=1)
 
 
-class _PooledBlock(AutoencoderTinyBlock):
-    """The block of TAEF2's lowest resolution: a pooling branch is added to its input.
+class _Block(nn.Module):
+    """ReLU(x + three convolutions of x), the block of TAESD's kind, by the names of its weights.
 
-    clric_export/sources.py has the same few lines: neither wing may import the other, nor the decoder torch.
+    pooled: for TAEF2's lowest resolution, where a pooling branch is added to the input (clric_export/sources.py has the
+    same few lines: neither wing may import the other, nor the decoder torch).
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, "relu")
-        self.pool = nn.Sequential(
-            nn.Conv2d(channels, 4 * channels, 1, bias=False),
-            nn.GroupNorm(4, 4 * channels),
-            nn.ReLU(),
-            nn.Conv2d(4 * channels, channels, 1, bias=False),
-        )
+    def __init__(self, width: int, pooled: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(3):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        self.conv = nn.Sequential(*layers[:-1])
+        self.fuse = nn.ReLU()
+        self.pool = None
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + self.pool(x))
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return self.fuse(self.conv(x) + x)
 
 
 def _load_tiny(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> nn.Sequential:
     """The encoder's layers, [1, 3, H, W] in [0, 1] -> [1, C, H/8, W/8], float32."""
     path = find_weights(autoencoder, "encoder", models) or _packaged(autoencoder) or _hub_folder(autoencoder, models)
     if path.is_dir():
+        from diffusers import AutoencoderTiny
+
         # AutoencoderTiny maps [-1, 1] to [0, 1] before these layers and leaves the latent as it is.
         layers = _load_diffusers(AutoencoderTiny, autoencoder, path).encoder.layers
     else:
@@ -225,10 +237,13 @@ def _load_distilled(path: Path) -> tuple[str, nn.Sequential]:
 def _tiny_layers(kind: str, channels: int, path: Path, what: str) -> nn.Sequential:
     state = _read_weights(path)
     blocks, width = ENCODER_SHAPES[kind]
-    layers = EncoderTiny(3, channels, blocks, (width,) * len(blocks), "relu").layers
-    for index in range(len(layers)):
-        if f"{index}.pool.0.weight" in state:
-            layers[index] = _PooledBlock(width)
+    layers = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
+    for number, count in enumerate(blocks):
+        if number:
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+        for _ in range(count):
+            layers.append(_Block(width, pooled=f"{len(layers)}.pool.0.weight" in state))
+    layers.append(nn.Conv2d(width, channels, 3, padding=1))
     try:
         layers.load_state_dict(state)
     except RuntimeError as error:
@@ -244,7 +259,9 @@ def _frugal(layers: nn.Sequential) -> nn.Sequential:
     return layers.eval()
 
 
-def _load_kl(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> AutoencoderKL:
+def _load_kl(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
+
     path = find_weights(autoencoder, "encoder", models) or _hub_folder(autoencoder, models)
     vae = _load_diffusers(AutoencoderKL, autoencoder, path)
     vae.decoder = None  # more than half of the weights, of no use here
@@ -258,6 +275,9 @@ def _packaged(autoencoder: Autoencoder) -> Path | None:
 
 def _hub_folder(autoencoder: Autoencoder, models: str | os.PathLike[str] | None) -> Path:
     """The folder in diffusers layout from the hub's cache, or else the hub; ModelError without."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     repo, subfolder = autoencoder.hub_repo, autoencoder.hub_subfolder
     if repo is None:
         raise missing_weights(autoencoder, "encoder", models, None)

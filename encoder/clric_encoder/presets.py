@@ -104,19 +104,19 @@ def default_architecture(channels: int) -> Architecture:
     )
 
 
+def _default(iterations: int) -> Preset:
+    return Preset(
+        architecture=default_architecture,
+        start="principal",
+        warm_up=(),
+        stages=(Stage(iterations, "soft", (1e-2, 2.5e-4), (0.03, 0.001), (0.25, 0.04), (0.22, 0.15)),),
+    )
+
+
 PRESETS = {
-    "fast": Preset(
-        architecture=default_architecture,
-        start="principal",
-        warm_up=(),
-        stages=(Stage(300, "soft", (1e-2, 2.5e-4), (0.03, 0.001), (0.25, 0.04), (0.22, 0.15)),),
-    ),
-    "default": Preset(
-        architecture=default_architecture,
-        start="principal",
-        warm_up=(),
-        stages=(Stage(1500, "soft", (1e-2, 2.5e-4), (0.03, 0.001), (0.25, 0.04), (0.22, 0.15)),),
-    ),
+    "fast": _default(600),
+    "default": _default(1500),
+    "slow": _default(3000),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",

@@ -152,7 +152,7 @@ def test_flat_latent_costs_almost_nothing() -> None:
         ({"latent": np.zeros((16, 2, 2), np.float32)}, r"must be \(4, 2, 2\)"),
         ({"space": "sd9"}, "'sd9' is not known"),
         ({"space": "custom-12"}, "16 hex digits"),
-        ({"preset": "best"}, "use one of fast, default, paper"),
+        ({"preset": "best"}, "use one of fast, default, slow, paper"),
         ({"device": "tpu"}, "use auto, cpu or cuda"),
     ],
 )
