@@ -121,6 +121,29 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
                 torch.testing.assert_close(gradient[i], values[key].grad, rtol=2e-3, atol=1e-4)
 
 
+def test_the_number_of_threads_changes_nothing() -> None:
+    architecture = ARCHITECTURES["size-7x5"]
+    layout, packing = Canvas(architecture, 96, 128, CPU), Packing(architecture, CPU)
+    canvas = layout.join([2 * torch.randn(3, *shape) for shape in layout.shapes])
+    networks = packing.split(packing.defaults + 0.1 * torch.randn(3, len(packing.defaults)))
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with function.function_threads():
+            assert torch.get_num_threads() == 1
+            to_canvas, to_vectors = torch.zeros_like(canvas), torch.zeros(3, len(packing.defaults))
+            grid_bits = GridBits(canvas, networks, architecture, layout)
+            grid_bits.backward(packing.split(to_vectors), to_canvas)
+            synthesis = Synthesis(canvas, networks, architecture, layout)
+            synthesis.backward(synthesis.latents, packing.split(to_vectors), to_canvas)
+            results.append((grid_bits.bits, synthesis.latents, to_canvas, to_vectors))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_soft_rounding_and_its_gradient() -> None:
     values = torch.linspace(-3.3, 3.4, 200, requires_grad=True)
     noise = torch.randn(200, generator=torch.Generator().manual_seed(0))
