@@ -46,10 +46,10 @@ class _Bytes(click.ParamType):
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(|k|M)B?", str(value), re.IGNORECASE)
         if not match:
             self.fail(f"{value!r} is no number of bytes, such as 5000 or 8kB", param, ctx)
-        number = int(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()])
+        number = float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]
         if not 1 <= number <= 10**9:
             self.fail(f"{value} is not within 1 to 1000MB", param, ctx)
-        return number
+        return round(number)
 
 
 @click.command()
@@ -114,7 +114,9 @@ def command(
     if len(jobs) > 1 and not force:
         stale = [job for job in jobs if not _is_newer(*job)]
         if len(stale) < len(jobs) and not quiet:
-            print_error(NAME, f"{len(jobs) - len(stale)} streams are newer than their images; --force encodes them too")
+            print_error(
+                NAME, f"left as they are: {len(jobs) - len(stale)}, newer than their images; --force encodes all"
+            )
         jobs = stale
     with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
         batches = _Batches((lmbda, quality, size, bpp), vae, preset, device, seed, models, json, quiet, view)
@@ -122,13 +124,14 @@ def command(
             for source, place in jobs:
                 batches.add(source, place)
             batches.flush()
+            code = 1 if batches.failures else 0
         except KeyboardInterrupt:
-            return 130
+            code = 130
         except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
-            return 1
+            code = 1
     for source, message in batches.failures:
         print_error(NAME, message, source)
-    return 1 if batches.failures else 0
+    return code
 
 
 def _is_newer(source: str, place: str) -> bool:
@@ -183,7 +186,7 @@ class _Batches:
                 from . import encoding
                 from .autoencoder import load_encoder
             self.view.start(source)
-            with _torch():
+            with _torch(), _libraries():
                 height, width = encoding.check_image(image)
                 device = encoding.find_device(self.device)
                 self._encoder = self._encoder or load_encoder(self.vae, models=self.models, device=device)
@@ -203,31 +206,41 @@ class _Batches:
             self._encode(self._waiting.pop(next(iter(self._waiting))))
 
     def _encode(self, group: list[_Waiting]) -> None:
-        with self._failing(*(image.source for image in group)), _torch():
-            import numpy as np
+        import numpy as np
 
-            from .encoding import choose_rate, encode_latents, find_device
+        from .encoding import choose_rate, encode_latents, find_device
 
-            assert self._encoder is not None
-            results = encode_latents(
-                np.stack([image.latent for image in group]),
-                [(image.width, image.height) for image in group],
-                self._encoder.space,
-                choose_rate(*self.rate),
-                preset=self.preset,
-                device=find_device(self.device),
-                seed=self.seed,
-                progress=lambda progress: self.view.move([image.source for image in group], progress),
-            )
-            for image, encoded in zip(group, results, strict=True):
-                with self._failing(image.source):
-                    self._write(image, encoded)
+        assert self._encoder is not None
+        results: list[Encoded] = []
+        try:
+            with _torch():
+                results = encode_latents(
+                    np.stack([image.latent for image in group]),
+                    [(image.width, image.height) for image in group],
+                    self._encoder.space,
+                    choose_rate(*self.rate),
+                    preset=self.preset,
+                    device=find_device(self.device),
+                    seed=self.seed,
+                    progress=lambda progress: self.view.move([image.source for image in group], progress),
+                )
+        except (ClricError, MemoryError) as error:
+            if len(group) > 1:  # one of them may be to blame, or their number
+                for image in group:
+                    self._encode([image])
+                return
+            self._failed(group[0].source, error)
+        for image, encoded in zip(group, results, strict=False):
+            try:
+                self._write(image, encoded)
+            except ClricError as error:
+                self._failed(image.source, error)
         self.view.finish(len(group))
 
     def _write(self, image: _Waiting, encoded: "Encoded") -> None:
         write_output(image.place, encoded.data)
         facts = _facts(image.source, image.place, encoded)
-        if encoded.note and not self.quiet:
+        if encoded.note:
             print_error(NAME, encoded.note, image.source)
         if self.json:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
@@ -239,13 +252,17 @@ class _Batches:
             )
 
     @contextlib.contextmanager
-    def _failing(self, *sources: str) -> Iterator[None]:
-        """Around work on these images: what goes wrong is kept for the end, and the others go on."""
+    def _failing(self, source: str) -> Iterator[None]:
+        """Around reading an image: what goes wrong is kept for the end, and the others go on."""
         try:
             yield
         except (ClricError, MemoryError) as error:
-            reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
-            self.failures += [(source, reason) for source in sources]
+            self._failed(source, error)
+            self.view.finish(1)
+
+    def _failed(self, source: str, error: Exception) -> None:
+        reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
+        self.failures.append((source, reason))
 
 
 @contextlib.contextmanager
@@ -263,11 +280,14 @@ def _libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _torch() -> Iterator[None]:
-    """Around computation: ClricError for torch's errors, of a device or of memory."""
+    """Around computation: ClricError for torch's errors, of a device or of memory, and for a full disk."""
     try:
         yield
     except RuntimeError as error:
         raise _torch_failed(error) from error
+    except OSError as error:  # of numba, which keeps compiled loops
+        reason = one_line(error)
+        raise ClricError(f"compiled loops cannot be kept ({reason}); make room, or set NUMBA_CACHE_DIR") from error
 
 
 def _torch_failed(error: RuntimeError) -> ClricError:
@@ -283,7 +303,7 @@ def _not_installed(error: ModuleNotFoundError) -> ClricError:
 
 
 def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
-    """What --json prints; ``latent_mse`` is the mean squared error of the decoded latent."""
+    """What --json prints; ``latent_mse`` is the mean squared error of the decoded latent, ``note`` null as a rule."""
     header = read_header(encoded.data)
     return {
         "file": source,
@@ -295,6 +315,7 @@ def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
         "bpp": header.bpp,
         "lambda": encoded.lmbda,
         "latent_mse": encoded.latent_mse,
+        "note": encoded.note,
     }
 
 
@@ -350,8 +371,9 @@ def _live_view(images: int, show: bool) -> Iterator[_View]:
     try:
         import rich.progress
         from rich.console import Console
-    except ModuleNotFoundError as error:
-        raise _not_installed(error) from error
+    except ImportError:  # the bar alone needs rich
+        yield _View()
+        return
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),

@@ -147,7 +147,7 @@ def encode_latent(
 ) -> bytes:
     """The stream of a latent (C, ceil(height / 8), ceil(width / 8)) float32 of an image of width x height pixels.
 
-    The other arguments are those of `encode`.
+    One of lmbda, size and bpp is given; these and the other arguments are those of `encode`.
     """
     check_latent(latent, width, height, space)
     (encoded,) = encode_latents(
@@ -176,7 +176,10 @@ def encode_latents(
     seed: int = 0,
     progress: Report | None = None,
 ) -> list[Encoded]:
-    """The streams of a batch of latents (batch, C, h, w) float32, trained together, of images (width, height)."""
+    """The streams of a batch of latents (batch, C, h, w) float32, trained together, of images (width, height).
+
+    Latents as `check_latent` lets through; device: cpu or cuda. Raises ClricError.
+    """
     if preset not in PRESETS:
         raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
     pixels = [width * height for width, height in sizes]
@@ -212,9 +215,9 @@ def encode_latents(
         error = float(np.square(_decoded(data, function) - latent).mean())
         note = None
         if limit is not None and len(data) > limit:
-            note = f"no smaller stream than {len(data)} bytes was found; {limit} were asked for"
+            note = f"no stream of {limit} bytes was found; the smallest has {len(data)}"
         elif limit is not None and len(data) < LEAST * limit:
-            note = f"the latent can use no more than {len(data)} bytes; {limit} were asked for"
+            note = f"no use was found for {limit} bytes; the stream has {len(data)}"
         result.append(Encoded(data, function.lmbda, error, note))
     return result
 
@@ -227,7 +230,9 @@ def batch_size(shape: tuple[int, ...], preset: Preset, device: str) -> int:
     room = CPU_VALUES
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps what it has freed
         room = free // VALUE_BYTES // 2
+        values *= max([warm_up.candidates for warm_up in preset.warm_up], default=1)
     return max(1, min(64, room // values))
 
 

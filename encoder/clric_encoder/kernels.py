@@ -133,7 +133,8 @@ def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
 
 
 _pools: list[ThreadPoolExecutor] = []
-os.register_at_fork(after_in_child=_pools.clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_pools.clear)  # a child has none of its parent's threads
 
 _threads = threading.local()
 

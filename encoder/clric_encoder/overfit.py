@@ -29,6 +29,9 @@ LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a targ
 FINISHING = Stage(20, "soft", (0.0, 0.0), (0.01, 0.002), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
 
+# Times that a latent is trained at most, to meet its target.
+CHANCES = 3
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -48,7 +51,7 @@ Report = Callable[[Progress], None]
 class Function:
     """An overfitted function, quantised: grids (channels, height, width) int32, the finest first, and networks.
 
-    lmbda: what it ended its training with.
+    lmbda: what its training ended with, before its size was brought to a target.
     """
 
     architecture: Architecture
@@ -66,6 +69,10 @@ class Targets:
 
     sizes: Sequence[int]
     measure: Callable[[Function, int], int]
+
+    def pick(self, indices: list[int]) -> Targets:
+        """Those of some of the latents."""
+        return Targets([self.sizes[i] for i in indices], lambda function, i: self.measure(function, indices[i]))
 
 
 @dataclass
@@ -106,10 +113,8 @@ class _State:
         return state
 
     def put(self, indices: list[int], other: _State) -> None:
-        """Functions that were picked, back in their places."""
+        """The grids of functions that were picked, back in their places."""
         self.canvas[indices] = other.canvas
-        for own, moment in zip(self.moments, other.moments, strict=True):
-            own[indices] = moment
 
 
 def overfit(
@@ -127,7 +132,7 @@ def overfit(
 
     lmbdas: one for each latent, or where to start from with ``targets``. pixels: of each image, for the rate.
     A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
-    same arguments give the same functions on the same device, versions and number of threads.
+    same arguments give the same functions on the same CPU, versions and number of threads.
     """
     with function_threads():
         return _overfit(latents, lmbdas, pixels, preset, targets, seed, device, report)
@@ -143,21 +148,27 @@ def _overfit(
     device: str,
     report: Report | None,
 ) -> list[Function]:
-    control = RateControl(targets.sizes) if targets is not None else None
-    trainer = _Trainer(latents, lmbdas, pixels, preset, control, device, report)
-    functions = trainer.functions(*trainer.run(seed, targets))
-    if targets is None or control is None:
-        return functions
-    # A second chance with a better start, now that it is known what the networks cost
-    sizes = [targets.measure(function, i) for i, function in enumerate(functions)]
-    missed = control.missed(sizes, trainer.trained_lmbdas)
-    if missed:
-        control = control.restart(missed, [functions[i].networks for i in missed])
+    if targets is None:
+        trainer = _Trainer(latents, lmbdas, pixels, preset, None, device, report)
+        return trainer.functions(*trainer.run(seed, None))
+    # More than one chance for targets that are missed, each with what the networks cost in the one before
+    functions: list[Function] = []
+    missed, control = list(range(len(latents))), RateControl(targets.sizes)
+    for _ in range(CHANCES):
+        part = targets.pick(missed)
         trainer = _Trainer(latents[missed], lmbdas, [pixels[i] for i in missed], preset, control, device, report)
-        part = Targets([targets.sizes[i] for i in missed], lambda function, i: targets.measure(function, missed[i]))
-        for i, function in zip(missed, trainer.functions(*trainer.run(seed, part)), strict=True):
-            if _is_nearer(targets.measure(function, i), sizes[i], targets.sizes[i]):
+        trainer.done = preset.iterations if functions else 0  # a second chance is not foreseen
+        latest = trainer.functions(*trainer.run(seed, part))
+        functions = functions or list(latest)
+        sizes = [part.measure(function, i) for i, function in enumerate(latest)]
+        for i, function, size in zip(missed, latest, sizes, strict=True):
+            if _is_nearer(size, targets.measure(functions[i], i), targets.sizes[i]):
                 functions[i] = function
+        again = control.missed(sizes, trainer.trained_lmbdas)
+        if not again:
+            break
+        control = control.restart(again, [latest[i].networks for i in again])
+        missed = [missed[i] for i in again]
     return functions
 
 
@@ -190,7 +201,7 @@ class _Trainer:
         self.control = control
         if control is not None:
             self.lmbdas = control.first_lambdas(self.latents, self.pixels, sum(self.packing.sizes))
-        self.trained_lmbdas = self.lmbdas  # before finishing
+        self.trained_lmbdas = self.lmbdas  # those of `finish` are of a few iterations only
         self.report = report or (lambda progress: None)
         self.done = 0
         self.last = Progress("start", 0, preset.iterations, 0.0, 0.0)
@@ -202,13 +213,14 @@ class _Trainer:
         for number, stage in enumerate(self.preset.stages):
             if stage.fixed and not networks:
                 networks = self.quantize(state)
+                if self.control is not None:
+                    self.control.know_networks(networks)
                 state.vectors = self.packing.join(as_networks(networks, self.device))
                 state.restart()
             self.train(state, stage, f"stage {number + 1} of {len(self.preset.stages)}", stage.iterations)
         networks = networks or self.quantize(state)
         if targets is not None:
             state.vectors = self.packing.join(as_networks(networks, self.device))
-            self.trained_lmbdas = self.lmbdas.clone()
             self.finish(state, networks, targets)
         return state, networks
 
@@ -304,7 +316,7 @@ class _Trainer:
                 state.losses = (distortions + prices * grid_bits.bits).cpu()
                 self.last = Progress(
                     name,
-                    self.done + (iteration + 1) * self.share(state),
+                    min(self.done + (iteration + 1) * self.share(state), self.preset.iterations),
                     self.preset.iterations,
                     (grid_bits.bits / pixels).mean().item(),
                     distortions.mean().item(),
@@ -340,7 +352,7 @@ class _Trainer:
         canvas = state.canvas.round().clamp(-MAX_VALUE, MAX_VALUE)
         grids = [grid.cpu().numpy().astype(np.int32) for grid in self.layout.split(canvas)]
         return [
-            Function(self.architecture, [grid[i] for grid in grids], networks[owner], self.lmbdas[owner].item())
+            Function(self.architecture, [grid[i] for grid in grids], networks[owner], self.trained_lmbdas[owner].item())
             for i, owner in enumerate(state.owners)
         ]
 
@@ -348,16 +360,22 @@ class _Trainer:
         """Train the grids of files that miss their targets a little further, until they meet them."""
         control, self.control = self.control, None
         assert control is not None
-        for _ in range(FINISHING_ROUNDS):
+        self.trained_lmbdas = self.lmbdas.clone()
+        kept, best = state.canvas.clone(), [0] * len(state.canvas)
+        for number in range(FINISHING_ROUNDS + 1):
             sizes = [targets.measure(function, i) for i, function in enumerate(self.functions(state, networks))]
+            for i, size in enumerate(sizes):
+                if not number or _is_nearer(size, best[i], targets.sizes[i]):
+                    best[i], kept[i] = size, state.canvas[i]
             missed = control.missed(sizes, self.lmbdas)
-            if not missed:
-                return
+            if not missed or number == FINISHING_ROUNDS:
+                break
             self.lmbdas[missed] = control.last_lambdas(self.lmbdas, sizes)[missed]
             picked = state.pick(missed)
             picked.restart()
             self.train(picked, FINISHING, "size", FINISHING.iterations)
             state.put(missed, picked)
+        state.canvas = kept
 
 
 class _Noise:

@@ -18,7 +18,7 @@ from .canvas import Canvas
 from .function import GridBits, Networks, Synthesis
 
 GROUP_BITS = 8  # exponent and scale code
-IDLE = 4  # exponents without a gain after which finer ones are not tried
+IDLE = 4  # exponents without a further gain after which finer ones are not tried
 
 
 def as_networks(functions: Sequence[Sequence[Parameters]], device: torch.device) -> Networks:
@@ -81,15 +81,18 @@ def _best_exponents(group: Group, values: np.ndarray, costs: Costs) -> list[Para
     differences = values - np.broadcast_to(np.array(group.default, np.float32), group.shape)
     best = [Parameters(group, 0, np.zeros(group.shape, np.int32)) for _ in values]
     lowest = costs(best)
-    idle = 0
+    gained, idle = np.zeros(len(values), bool), np.zeros(len(values), int)
     for exponent in range(group.max_exponent + 1):
+        done = gained & (idle >= IDLE)
+        if done.all():
+            break
         limit = group.limit(exponent)
         integers = np.clip(np.rint(differences * 2.0**exponent), -limit, limit).astype(np.int32)
+        trials = [best[i] if done[i] else Parameters(group, exponent, integers[i]) for i in range(len(values))]
         before = lowest
-        best, lowest = _better(best, lowest, [Parameters(group, exponent, i) for i in integers], costs)
-        idle = 0 if (lowest < before).any() else idle + 1
-        if idle == IDLE and exponent >= IDLE:
-            break
+        best, lowest = _better(best, lowest, trials, costs)
+        gained |= lowest < before
+        idle = np.where(lowest < before, 0, idle + 1)
     return best
 
 

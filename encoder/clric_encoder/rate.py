@@ -27,7 +27,7 @@ EXCESS, DECAY, FIRST, LAST = 0.57, 5.7, 0.1, 0.7
 WEAKNESS = 5
 
 # What is known before the networks are quantised: header and table of segments, and a parameter's bits.
-HEADER_BITS, PARAMETER_BITS = 8 * 22, 4.2
+HEADER_BITS, PARAMETER_BITS, OTHERS_SHARE = 8 * 22, 4.2, 0.5
 
 # The bits of trained grids as a power of the entropy of residuals (`_estimated_bits`): fitted to four Kodak images at
 # three lambdas, where it is within 6 %.
@@ -44,7 +44,9 @@ class RateControl:
     def first_lambdas(self, latents: torch.Tensor, pixels: torch.Tensor, parameters: int) -> torch.Tensor:
         """Where to start, (batch,). latents: (batch, C, h, w). pixels: (batch,), of the images."""
         if self._others is None:
-            self._others = torch.full((len(latents),), HEADER_BITS + PARAMETER_BITS * parameters, device=latents.device)
+            known = torch.full((len(latents),), HEADER_BITS + PARAMETER_BITS * parameters, device=latents.device)
+            # Small files have small networks: what is not worth its bits is left at its default
+            self._others = torch.minimum(known, OTHERS_SHARE * self._goals(known))
         lambdas = np.geomspace(LOWEST, HIGHEST, 60)
         result = []
         for latent, count, goal in zip(latents.cpu(), pixels.tolist(), self._grid_goals().tolist(), strict=True):
@@ -73,9 +75,14 @@ class RateControl:
         self._others = torch.tensor(sizes, dtype=torch.float32, device=self._others.device)
 
     def restart(self, indices: list[int], networks: Sequence[list[Parameters]]) -> RateControl:
-        """For some of the functions, whose networks are known, from the start."""
-        self.know_networks(networks)
-        return RateControl(self._sizes[indices].tolist(), self._others)
+        """For some of the functions, from the start, with what is known of their networks.
+
+        These follow lambda: the mean of what was expected and what they came to is between two misses.
+        """
+        assert self._others is not None
+        sizes = [HEADER_BITS + 8 * len(encode_networks(parameters)) for parameters in networks]
+        expected = self._others[indices]
+        return RateControl(self._sizes[indices].tolist(), (expected + torch.tensor(sizes).to(expected)) / 2)
 
     def missed(self, sizes: Sequence[int], lambdas: torch.Tensor) -> list[int]:
         """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""
@@ -89,10 +96,13 @@ class RateControl:
         excess = torch.from_numpy(np.log(np.array(sizes) / (GOAL * self._sizes))).to(lambdas)
         return (lambdas * torch.exp((excess * (WEAKNESS / ELASTICITY)).clamp(-1, 1))).clamp(LOWEST, HIGHEST)
 
+    def _goals(self, like: torch.Tensor) -> torch.Tensor:
+        return 8 * GOAL * torch.from_numpy(self._sizes).to(like)
+
     def _grid_goals(self) -> torch.Tensor:
         assert self._others is not None
-        goals = 8 * GOAL * torch.from_numpy(self._sizes).to(self._others)
-        return torch.maximum(goals - self._others, 0.02 * goals)
+        goals = self._goals(self._others)
+        return torch.maximum(goals - self._others, 0.1 * goals)
 
 
 def principal_step(lmbda: float, values: int, pixels: int) -> float:

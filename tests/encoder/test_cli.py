@@ -112,7 +112,7 @@ def test_a_folder_is_encoded_once_and_what_is_new_again(run: Run, tmp_path: Path
     os.utime(tmp_path / "2.png", (later, later))
     result = run("clric-enc", *names, "-o", "out/", "--preset", "fast", "--json", "--lambda", "9")
     assert result.stderr.decode().splitlines()[0] == (
-        "clric-enc: 2 streams are newer than their images; --force encodes them too"
+        "clric-enc: left as they are: 2, newer than their images; --force encodes all"
     )
     assert [json.loads(line)["file"] for line in result.stdout.splitlines()] == ["2.png"]
     assert (tmp_path / "out/0.clric").read_bytes() == streams["0.clric"]
@@ -129,9 +129,9 @@ def test_a_size_that_is_asked_for(run: Run, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
     assert 0.97 * 700 <= json.loads(result.stdout)["bytes"] <= 700
     assert (tmp_path / "photo.clric").stat().st_size == json.loads(result.stdout)["bytes"]
-    for target, words in (("10", "no smaller stream"), ("1MB", "can use no more")):
+    for target, words in (("10", "no stream of 10 bytes"), ("1MB", "no use was found")):
         result = run("clric-enc", "photo.png", "--bytes", target, "--preset", "fast", "--json")
-        assert_one_line(result, 0, "photo.png: ", words, "were asked for")
+        assert_one_line(result, 0, "photo.png: ", words)
         assert json.loads(result.stdout)["bytes"] > 10
 
 
@@ -237,6 +237,25 @@ def test_torch_that_fails_is_one_line_for_each_image(tmp_path: Path, module: str
     assert result.returncode == 1
     assert [line[:18] for line in lines] == ["clric-enc: a.png: ", "clric-enc: b.png: "]
     assert all(reason in line for line in lines)
+
+
+def test_a_library_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    """diffusers, which only the encoders of Stable Diffusion's kind need."""
+    code = (
+        "import sys; sys.modules['diffusers'] = None; sys.argv[0] = 'clric-enc'\n"
+        "from clric_encoder.cli import main; main()"
+    )
+    write_photo(tmp_path / "photo.png")
+    folder = tmp_path / "sd14"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    command = [sys.executable, "-c", code, "photo.png", "--vae", "sd14", "--models", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert result.stderr.decode() == (
+        "clric-enc: photo.png: diffusers is not installed; run: pip install 'clric[encoder]'\n"
+    )
+    assert result.returncode == 1
 
 
 def test_full_disk(run: Run, tmp_path: Path) -> None:

@@ -8,9 +8,14 @@ import torch
 from clric_decoder import ClricError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
-from clric_encoder import encode, encode_latent
+from clric_encoder import encode, encode_latent, function
+from clric_encoder.canvas import Canvas
 from clric_encoder.encoding import Rate, encode_latents, quality_to_lambda
+from clric_encoder.function import Packing
+from clric_encoder.parameters import quantize_networks
 from clric_encoder.presets import PRESETS
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +68,9 @@ def test_sizes_that_are_asked_for() -> None:
     for bpp in (0.1, 0.3):
         data = coded(latent, None, bpp=bpp, preset="fast")
         assert 0.97 * bpp * pixels / 8 <= len(data) <= bpp * pixels / 8
-    with pytest.warns(UserWarning, match="no smaller stream than .* 10 were asked for"):
+    with pytest.warns(UserWarning, match="no stream of 10 bytes was found"):
         assert len(coded(latent, None, size=10)) < 200
-    with pytest.warns(UserWarning, match="can use no more"):
+    with pytest.warns(UserWarning, match="no use was found for 100000 bytes"):
         assert error(coded(latent, None, size=100_000), latent) < 0.01
 
 
@@ -80,6 +85,43 @@ def test_neighbours_in_a_batch_change_nothing_but_float_noise() -> None:
         assert len(encoded.data) == pytest.approx(len(alone), rel=0.05)
         assert error(encoded.data, latent) == pytest.approx(error(alone, latent), rel=0.1)
         assert encoded.latent_mse == pytest.approx(error(encoded.data, latent))
+
+
+def test_networks_are_quantised_in_a_batch_as_one_by_one() -> None:
+    architecture = PRESETS["default"].architecture(4)
+    layout, packing = Canvas(architecture, 12, 16, CPU), Packing(architecture, CPU)
+    torch.manual_seed(0)
+    canvas = layout.join([2 * torch.randn(3, *shape) for shape in layout.shapes]).round()
+    scales = torch.tensor([0.01, 0.3, 3.0])[:, None]
+    networks = packing.split(packing.defaults + scales * 0.1 * torch.randn(3, len(packing.defaults)))
+    latents, weights = torch.randn(3, 4, 12, 16), torch.tensor([1e-3, 1e-4, 1e-5])
+    together = quantize_networks(networks, canvas, latents, architecture, layout, weights, lambda: None)
+    for i in range(3):
+        one = slice(i, i + 1)
+        own = {name: values[one] for name, values in networks.items()}
+        (alone,) = quantize_networks(own, canvas[one], latents[one], architecture, layout, weights[one], lambda: None)
+        for a, b in zip(together[i], alone, strict=True):
+            assert a.exponent == b.exponent
+            np.testing.assert_array_equal(a.integers, b.integers)
+
+
+def test_the_pure_torch_way_of_other_devices(monkeypatch) -> None:
+    """What runs on a GPU, here on a CPU: the whole of it, a target included."""
+    latent = smooth_latent(4, 24, 32)
+    compiled = coded(latent)
+    monkeypatch.setattr(function, "kernels", None)
+    assert len(coded(latent)) == pytest.approx(len(compiled), rel=0.05)
+    assert error(coded(latent), latent) == pytest.approx(error(compiled, latent), rel=0.1)
+    assert 0.97 * 700 <= len(coded(latent, None, size=700, preset="fast")) <= 700
+
+
+@pytest.mark.parametrize(("side", "limit"), [(8, 120), (16, 60), (16, 330)])
+def test_small_images_meet_sizes_too(side, limit) -> None:
+    """Networks are most of such a file, and follow lambda."""
+    latents = np.stack([smooth_latent(4, side, side, seed) for seed in range(2)])
+    for encoded in encode_latents(latents, [(8 * side, 8 * side)] * 2, "sd1", Rate(size=limit), preset="fast"):
+        assert 0.97 * limit <= len(encoded.data) <= limit
+        assert encoded.note is None
 
 
 def test_same_seed_same_bytes() -> None:
