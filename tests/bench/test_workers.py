@@ -22,8 +22,8 @@ def test_what_dies_costs_its_own_task_alone() -> None:
 
 
 def test_a_fresh_process_tells_its_seconds_and_its_peak() -> None:
-    sleeps_while_it_opens = partial(eval, "__import__('time').sleep(1) or (lambda size: len(b'x' * size))")
+    sleeps_while_it_opens = partial(eval, "__import__('time').sleep(4) or (lambda size: len(b'x' * size))")
     result, seconds, peak = timed_alone(sleeps_while_it_opens, 300_000_000)
     assert result == 300_000_000
-    assert seconds < 1
+    assert seconds < 4  # its opening is not counted
     assert peak is None or 300 < peak < 450
