@@ -1,6 +1,6 @@
 """The costly parts of a training step, ARM, upsampling and convolutions, as compiled loops for CPUs.
 
-The same results as the torch code in `function`, in a third of its time and less: a block of grid values goes through
+The same results as the torch code in `function`, in half of its time and less: a block of grid values goes through
 all layers and back while it is in the processor's first caches, where torch writes every intermediate value to memory.
 numba compiles these functions at their first use on a machine, and keeps the result beside them or in the user's cache.
 
