@@ -267,6 +267,14 @@ class GridBits:
         to_canvas += seen.view_as(to_canvas)
 
 
+def _arm_matrices(networks: Networks, name: str, layers: int) -> list[torch.Tensor]:
+    """What each layer multiplies its inputs with, (batch, outputs, inputs)."""
+    matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(layers)]
+    for matrix in matrices[:-1]:
+        matrix.diagonal(dim1=1, dim2=2).add_(1)  # hidden layers add to their inputs (specification, "Layers")
+    return matrices
+
+
 class _ArmBits:
     """The bits of a part of the canvas by one ARM: neighbours, layers, Laplace distribution."""
 
@@ -282,12 +290,8 @@ class _ArmBits:
         span: slice,
     ) -> None:
         self._prices, self._name, self._layout, self._span = prices, name, layout, span
-        sizes = arm_sizes(architecture)[1:]
-        biases = networks[f"{name}.bias"].split(sizes, 1)
-        self._matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(len(sizes))]
-        for matrix in self._matrices[:-1]:
-            matrix.diagonal(dim1=1, dim2=2).add_(1)  # hidden layers add to their inputs (specification, "Layers")
-
+        biases = networks[f"{name}.bias"].split(arm_sizes(architecture)[1:], 1)
+        self._matrices = _arm_matrices(networks, name, len(biases))
         batch, first, count = len(flat), layout.lead + span.start, span.stop - span.start
         inputs = [seen[:, first + distance : first + distance + count] for distance in layout.neighbours]
         inputs += [seen[:, layout.lead + index[span]] for index in layout.extras]
@@ -364,9 +368,7 @@ class _CompiledArmBits:
     ) -> None:
         self._name, self._span = name, span
         sizes = arm_sizes(architecture)
-        matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(len(sizes) - 1)]
-        for matrix in matrices[:-1]:
-            matrix.diagonal(dim1=1, dim2=2).add_(1)  # hidden layers add to their inputs (specification, "Layers")
+        matrices = _arm_matrices(networks, name, len(sizes) - 1)
         self._rows = layout.planes[span.start // layout.stride : span.stop // layout.stride]
         scales = networks["grid_scales"][:, self._rows] if "grid_scales" in networks else None
         self.bits, *self._gradients = kernels.arm_bits(

@@ -444,6 +444,14 @@ def _tall(plane: np.ndarray, taps: np.ndarray, height: int) -> np.ndarray:
 
 
 @_compiled
+def _continue(row: np.ndarray, line: np.ndarray) -> None:
+    """A row into a line that is longer by two at each end, where the outermost values go on."""
+    line[2:-2] = row
+    line[:2] = row[0]
+    line[-2:] = row[-1]
+
+
+@_compiled
 def _neighbour(place: int, tap: int, last: int) -> int:
     offset = tap - 2 if place % 2 == 0 else 2 - tap
     return min(max(place // 2 + offset, 0), last)
@@ -459,9 +467,7 @@ def _double(first_task: int, last_task: int, inputs: np.ndarray, taps: np.ndarra
         t0, t1, t2, t3 = taps[b, 0], taps[b, 1], taps[b, 2], taps[b, 3]
         line = np.empty(narrow + 4, np.float32)
         for y in range(height):
-            line[2:-2] = tall[y]
-            line[:2] = tall[y, 0]
-            line[-2:] = tall[y, narrow - 1]
+            _continue(tall[y], line)
             row = result[b, c, y]
             for x in range((width + 1) // 2):
                 row[2 * x] = t0 * line[x] + t1 * line[x + 1] + t2 * line[x + 2] + t3 * line[x + 3]
@@ -489,9 +495,7 @@ def _double_backward(
         line, to_line = np.empty(narrow + 4, np.float32), np.empty(narrow + 4, np.float32)
         even, odd = np.zeros(narrow, np.float32), np.zeros(narrow, np.float32)
         for y in range(height):
-            line[2:-2] = tall[y]
-            line[:2] = tall[y, 0]
-            line[-2:] = tall[y, narrow - 1]
+            _continue(tall[y], line)
             row = gradient[b, c, y]
             for x in range((width + 1) // 2):
                 even[x] = row[2 * x]

@@ -112,10 +112,6 @@ class _State:
         state.moments, state.steps = [moment[indices] for moment in self.moments], self.steps
         return state
 
-    def put(self, indices: list[int], other: _State) -> None:
-        """The grids of functions that were picked, back in their places."""
-        self.canvas[indices] = other.canvas
-
 
 def overfit(
     latents: np.ndarray,
@@ -374,7 +370,7 @@ class _Trainer:
             picked = state.pick(missed)
             picked.restart()
             self.train(picked, FINISHING, "size", FINISHING.iterations)
-            state.put(missed, picked)
+            state.canvas[missed] = picked.canvas
         state.canvas = kept
 
 

@@ -50,7 +50,8 @@ class RateControl:
         lambdas = np.geomspace(LOWEST, HIGHEST, 60)
         result = []
         for latent, count, goal in zip(latents.cpu(), pixels.tolist(), self._grid_goals().tolist(), strict=True):
-            bits = [_estimated_bits(latent, principal_step(lmbda, latent.numel(), count)) for lmbda in lambdas]
+            residuals = _residuals(latent)
+            bits = [_estimated_bits(residuals, principal_step(lmbda, latent.numel(), count)) for lmbda in lambdas]
             result.append(np.interp(-math.log(goal), -np.log(np.array(bits) + 1), np.log(lambdas)))
         return torch.tensor(result, dtype=torch.float32).exp().to(latents.device)
 
@@ -71,8 +72,7 @@ class RateControl:
     def know_networks(self, networks: Sequence[list[Parameters]]) -> None:
         """What the networks cost, about: more is saved on them in the end."""
         assert self._others is not None
-        sizes = [HEADER_BITS + 8 * len(encode_networks(parameters)) for parameters in networks]
-        self._others = torch.tensor(sizes, dtype=torch.float32, device=self._others.device)
+        self._others = _other_bits(networks).to(self._others)
 
     def restart(self, indices: list[int], networks: Sequence[list[Parameters]]) -> RateControl:
         """For some of the functions, from the start, with what is known of their networks.
@@ -80,9 +80,8 @@ class RateControl:
         These follow lambda: the mean of what was expected and what they came to is between two misses.
         """
         assert self._others is not None
-        sizes = [HEADER_BITS + 8 * len(encode_networks(parameters)) for parameters in networks]
         expected = self._others[indices]
-        return RateControl(self._sizes[indices].tolist(), (expected + torch.tensor(sizes).to(expected)) / 2)
+        return RateControl(self._sizes[indices].tolist(), (expected + _other_bits(networks).to(expected)) / 2)
 
     def missed(self, sizes: Sequence[int], lambdas: torch.Tensor) -> list[int]:
         """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""
@@ -113,18 +112,27 @@ def principal_step(lmbda: float, values: int, pixels: int) -> float:
     return math.sqrt(6 * lmbda * values / (pixels * math.log(2)))
 
 
-def _estimated_bits(latent: torch.Tensor, step: float) -> float:
-    """What the grids of a latent (C, h, w) will cost, about.
+def _other_bits(networks: Sequence[list[Parameters]]) -> torch.Tensor:
+    """What files cost besides their grids, (batch,)."""
+    return torch.tensor([HEADER_BITS + 8.0 * len(encode_networks(parameters)) for parameters in networks])
 
-    The entropy of its principal components without the mean of their left and upper neighbours, quantised with somewhat
-    more than the step of the start (small values train to zero), a two-sided geometric distribution for each.
-    """
+
+def _residuals(latent: torch.Tensor) -> torch.Tensor:
+    """The principal components of a latent (C, h, w) without the mean of their left and upper neighbours."""
     flat = latent.flatten(1)
     flat = flat - flat.mean(1, keepdim=True)
     components = (torch.linalg.eigh((flat @ flat.T).double()).eigenvectors.float().T @ flat).view_as(latent)
     padded = F.pad(components, (1, 0, 1, 0), mode="replicate")
-    residuals = components - (padded[:, 1:, :-1] + padded[:, :-1, 1:]) / 2
+    return components - (padded[:, 1:, :-1] + padded[:, :-1, 1:]) / 2
+
+
+def _estimated_bits(residuals: torch.Tensor, step: float) -> float:
+    """What the grids of a latent will cost, about.
+
+    The entropy of its residuals, quantised with more than the step of the start (small values train to zero), a
+    two-sided geometric distribution for each component.
+    """
     mean = (residuals / (ESTIMATE_STEP * step)).round().abs().mean((1, 2)).double().clamp_min(1e-6)
     ratio = mean / (1 + (1 + mean * mean).sqrt())
     entropy = torch.log2((1 + ratio) / (1 - ratio)) - mean * torch.log2(ratio)
-    return float(ESTIMATE_FACTOR * (flat.shape[1] * entropy.sum()) ** ESTIMATE_POWER)
+    return float(ESTIMATE_FACTOR * (residuals[0].numel() * entropy.sum()) ** ESTIMATE_POWER)
