@@ -260,12 +260,15 @@ def _excess(decoder: RangeDecoder, symbol: int) -> int:
 
 
 def ideal_bits(values: np.ndarray, means: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """The tables' code length in bits of each value (n,), escapes included: what coding would cost at best."""
+    """The tables' code length in bits of each value (n,), escapes included: what coding would cost at best.
+
+    tables: (n,), or (several, 1) for all values with each of several tables; gives their shape with n values.
+    """
     symbols = values.astype(np.int64) - means + SYMBOL_ZERO
     clipped = np.clip(symbols, ESCAPE_LOW, ESCAPE_HIGH)
     frequencies = cumulative_tables()[tables, clipped + 1] - cumulative_tables()[tables, clipped]
     bits = 16 - np.log2(frequencies)
     escaped = (clipped == ESCAPE_LOW) | (clipped == ESCAPE_HIGH)
     excess = np.abs(symbols - clipped)[escaped] + 1
-    bits[escaped] += 2 * np.floor(np.log2(excess)) + 1
+    bits[..., escaped] += 2 * np.floor(np.log2(excess)) + 1
     return bits

@@ -134,22 +134,20 @@ def _table(scale_code: int) -> int:
     return (SCALE_ZERO - 24 + 4 * (scale_code - 1)) * FRACTIONS
 
 
+def _bits_by_scale(integers: np.ndarray) -> np.ndarray:
+    """Bits that a group's integers cost with each of the scale codes from 1 on, (15,) float64."""
+    tables = np.array([[_table(code)] for code in range(1, 16)])
+    return ideal_bits(integers.reshape(-1), np.zeros(integers.size, np.int64), tables).sum(1)
+
+
 def _scale_code(integers: np.ndarray) -> int:
     """The scale code that codes a group's integers in the fewest bits; 0 says that all are zero."""
-    if not integers.any():
-        return 0
-    zeros = np.zeros(integers.size, np.int64)
-    costs = [ideal_bits(integers.reshape(-1), zeros, zeros + _table(code)).sum() for code in range(1, 16)]
-    return 1 + int(np.argmin(costs))
+    return 1 + int(np.argmin(_bits_by_scale(integers))) if integers.any() else 0
 
 
-def integer_bits(integers: np.ndarray) -> np.ndarray:
-    """Bits that each of a group's integers costs in the stream (without the group's 8 bits), float64."""
-    zeros = np.zeros(integers.size, np.int64)
-    code = _scale_code(integers)
-    if code == 0:
-        return zeros.astype(float).reshape(integers.shape)
-    return ideal_bits(integers.reshape(-1), zeros, zeros + _table(code)).reshape(integers.shape)
+def integer_bits(integers: np.ndarray) -> float:
+    """Bits that a group's integers cost in the stream, without the group's 8 bits."""
+    return float(_bits_by_scale(integers).min()) if integers.any() else 0.0
 
 
 def encode_networks(networks: list[Parameters]) -> bytes:

@@ -30,6 +30,7 @@ class Canvas:
     where a grid value is. planes: (rows,) the number of the plane that a row belongs to, over all levels.
     lead: zeros that stand before the flattened canvas where neighbours are looked up.
     neighbours: how far back each neighbour is in the flattened canvas.
+    places: (planes, 2) int64 array, the level and the first row of each plane. sizes: (levels, 2) int64 array.
     doublings: for each level but the last, the `Doubling` that leads to it along rows and along columns.
     """
 
@@ -51,6 +52,16 @@ class Canvas:
         heights = [REACH + level_height for channels, level_height, _ in self.shapes for _ in range(channels)]
         planes = torch.arange(len(heights)).repeat_interleave(torch.tensor(heights, dtype=torch.int64))
         self.planes = planes.to(device)
+        self.sizes = np.array([size for _, *size in self.shapes], np.int64)
+        tops = zip(self.tops, self.shapes, strict=True)
+        self.places = np.array(
+            [
+                (level, top + number * (REACH + height) + REACH)
+                for level, (top, (channels, height, _)) in enumerate(tops)
+                for number in range(channels)
+            ],
+            np.int64,
+        ).reshape(-1, 2)
         self.doublings = [
             tuple(Doubling(coarse, fine, device) for coarse, fine in zip(coarser[1:], finer[1:], strict=True))
             for finer, coarser in pairwise(self.shapes)

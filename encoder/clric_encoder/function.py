@@ -35,33 +35,65 @@ LOG_SCALE_LOW = -SCALE_ZERO / 8
 LOG_SCALE_HIGH = (SCALES - 1 - SCALE_ZERO) / 8
 SMALLEST_PROBABILITY = 2.0**-16
 LARGEST_ACTIVATION = MAX_ACTIVATION / UNIT
+BETAS = (0.9, 0.99)  # of Adam
+
+
+def add_gradients(
+    canvas: torch.Tensor,
+    networks: Networks,
+    architecture: Architecture,
+    layout: Canvas,
+    targets: torch.Tensor,
+    prices: torch.Tensor,
+    to_networks: Networks,
+    to_canvas: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent MSE and bits of functions, each (batch,); adds the gradients of latent MSE + price * bits.
+
+    canvas, to_canvas: (batch, rows, stride). targets: (batch, C, h, w) latents. prices: (batch,).
+    """
+    grid_bits = GridBits(canvas, networks, architecture, layout, prices)
+    synthesis = Synthesis(canvas, networks, architecture, layout)
+    errors = synthesis.latents - targets
+    distortions = errors.square().mean((1, 2, 3))
+    synthesis.backward(errors.mul_(2 / errors[0].numel()), to_networks, to_canvas)
+    grid_bits.backward(to_networks, to_canvas)  # last, as it may have been computed meanwhile
+    return distortions, grid_bits.bits
 
 
 class Synthesis:
-    """The latents (batch, C, h, w) of grids in a canvas (batch, rows, stride): upsampler and synthesis network."""
+    """The latents (batch, C, h, w) of grids in a canvas (batch, rows, stride): upsampler and synthesis network.
 
-    def __init__(self, canvas: torch.Tensor, networks: Networks, architecture: Architecture, layout: Canvas) -> None:
-        self._layout = layout
-        grids = layout.split(canvas)
-        stack = grids[-1]
-        self._upsampled: list[_Upsampled | _CompiledUpsampled] = []
-        for level in range(len(grids) - 2, -1, -1):
+    like, layer: another one of the same canvas and parameters, but for those of this layer and later ones.
+    """
+
+    def __init__(
+        self,
+        canvas: torch.Tensor,
+        networks: Networks,
+        architecture: Architecture,
+        layout: Canvas,
+        like: Synthesis | None = None,
+        layer: int = 0,
+    ) -> None:
+        if like is None:
             upsampled = _CompiledUpsampled if _compiled(canvas) else _Upsampled
-            wide = upsampled(stack, networks["upsampler"][:, level], *layout.doublings[level])
-            self._upsampled.insert(0, wide)
-            stack = torch.cat([grids[level], wide.outputs], 1)
-
-        biases = networks["synthesis.bias"].split([layer.channels for layer in architecture.synthesis], 1)
-        inputs = [stack]
-        self._layers: list[tuple[SynthesisLayer, _Convolved]] = []
-        for number, (layer, bias) in enumerate(zip(architecture.synthesis, biases, strict=True)):
-            convolved = _Convolved(inputs[-1], networks[f"synthesis.weight{number}"], bias)
-            self._layers.append((layer, convolved))
+            self._upsampled = upsampled(canvas, networks["upsampler"], layout)
+        else:
+            self._upsampled = like._upsampled
+        biases = networks["synthesis.bias"].split([shape.channels for shape in architecture.synthesis], 1)
+        inputs: list[torch.Tensor] = [self._upsampled.outputs] if like is None else like._inputs[: layer + 1]
+        self._layers: list[tuple[SynthesisLayer, _Convolved | _CompiledConvolved]]
+        self._layers = [] if like is None else like._layers[:layer]
+        for number, shape in enumerate(architecture.synthesis[layer:], layer):
+            convolution = _CompiledConvolved if _compiled(canvas) and shape.kernel == 3 else _Convolved
+            convolved = convolution(inputs[-1], networks[f"synthesis.weight{number}"], biases[number])
+            self._layers.append((shape, convolved))
             outputs = convolved.outputs
-            if layer.residual:
-                outputs = outputs + inputs[-layer.residual]
-            inputs.append(outputs.relu_() if layer.relu else outputs)
-        self._inputs = inputs
+            if shape.residual:
+                outputs = outputs + inputs[-shape.residual]
+            inputs.append(outputs.relu_() if shape.relu else outputs)
+        self._inputs: list[torch.Tensor] = inputs
         self.latents = inputs[-1]
 
     def backward(self, gradient: torch.Tensor, to_networks: Networks, to_canvas: torch.Tensor) -> None:
@@ -69,33 +101,64 @@ class Synthesis:
         gradients: list[torch.Tensor | None] = [None] * len(self._layers) + [gradient]
         to_biases = []
         for number in range(len(self._layers) - 1, -1, -1):
-            layer, convolved = self._layers[number]
+            shape, convolved = self._layers[number]
             own = gradients[number + 1]
             assert own is not None  # every layer leads to the next
-            if layer.relu:
-                own = torch.ops.aten.threshold_backward(own, self._inputs[number + 1], 0)
+            if shape.relu:
+                own = own * self._inputs[number + 1].sign()  # some ten times faster than threshold_backward
             to_input, to_weight, to_bias = convolved.backward(own)
             to_networks[f"synthesis.weight{number}"] += to_weight
             to_biases.append(to_bias)
             parts = [(number, to_input)]
-            if layer.residual:
-                parts.append((number + 1 - layer.residual, own))
+            if shape.residual:
+                parts.append((number + 1 - shape.residual, own))
             for earlier, part in parts:
                 other = gradients[earlier]
                 gradients[earlier] = part if other is None else part + other
         to_networks["synthesis.bias"] += torch.cat(to_biases[::-1], 1)
 
-        to_stack = gradients[0]
-        assert to_stack is not None
-        for level, place in enumerate(self._layout.split(to_canvas)):
-            channels = place.shape[1]
-            place += to_stack[:, :channels]
-            if level < len(self._upsampled):
-                to_stack, to_taps = self._upsampled[level].backward(to_stack[:, channels:])
-                to_networks["upsampler"][:, level] += to_taps
+        assert gradients[0] is not None
+        to_networks["upsampler"] += self._upsampled.backward(gradients[0], to_canvas)
 
 
 class _Upsampled:
+    """All grids of a canvas at the size of the finest, (batch, grids, h, w)."""
+
+    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, layout: Canvas) -> None:
+        """taps: (batch, levels - 1, 4), those of the doubling to each level."""
+        self._layout, self._batch = layout, len(canvas)
+        grids = layout.split(canvas)
+        self._doubled: list[_Doubled] = []
+        self.outputs = grids[-1]
+        for level in range(len(grids) - 2, -1, -1):
+            self._doubled.insert(0, _Doubled(self.outputs, taps[:, level], *layout.doublings[level]))
+            self.outputs = torch.cat([grids[level], self._doubled[0].outputs], 1)
+
+    def backward(self, gradient: torch.Tensor, to_canvas: torch.Tensor) -> torch.Tensor:
+        """Of the outputs -> of taps; that of the canvas is added to `to_canvas`."""
+        to_taps = [gradient.new_zeros(self._batch, 0, 4)]
+        for level, place in enumerate(self._layout.split(to_canvas)):
+            channels = place.shape[1]
+            place += gradient[:, :channels]
+            if level < len(self._doubled):
+                gradient, to_level_taps = self._doubled[level].backward(gradient[:, channels:])
+                to_taps.append(to_level_taps[:, None])
+        return torch.cat(to_taps, 1)
+
+
+class _CompiledUpsampled:
+    """The same by compiled loops."""
+
+    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, layout: Canvas) -> None:
+        self._upsampled = kernels.Upsampled(canvas, taps, layout.places, layout.sizes)
+        self.outputs = self._upsampled.outputs
+
+    def backward(self, gradient: torch.Tensor, to_canvas: torch.Tensor) -> torch.Tensor:
+        """As `_Upsampled.backward`."""
+        return self._upsampled.backward(gradient, to_canvas)
+
+
+class _Doubled:
     """Inputs (batch, channels, h, w) with taps (batch, 4) as outputs (batch, channels, rows.fine, columns.fine)."""
 
     def __init__(self, inputs: torch.Tensor, taps: torch.Tensor, rows: Doubling, columns: Doubling) -> None:
@@ -127,18 +190,6 @@ class _Upsampled:
         return gradient, to_taps
 
 
-class _CompiledUpsampled:
-    """The same by compiled loops."""
-
-    def __init__(self, inputs: torch.Tensor, taps: torch.Tensor, rows: Doubling, columns: Doubling) -> None:
-        self._inputs, self._taps = inputs, taps
-        self.outputs = kernels.double(inputs, taps, rows.fine, columns.fine)
-
-    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_Upsampled.backward`."""
-        return kernels.double_backward(gradient, self._inputs, self._taps)
-
-
 class _Convolved:
     """A convolution at the edges of which the outermost values go on, each of a batch with weights of its own.
 
@@ -165,7 +216,8 @@ class _Convolved:
         weight, margin = self._weight, self._margin
         gradient = gradient.reshape(len(weight), -1, height, width)
         flat = F.pad(gradient, (0, 2 * margin)).flatten(2)
-        to_weight = _convolve_weights(self._flat, self._shifts, flat).view(batch, outputs, *weight.shape[2:])
+        to_weight = torch.bmm(flat, _shifted(self._flat, self._shifts, flat.shape[2]).transpose(1, 2))
+        to_weight = to_weight.view(batch, outputs, *weight.shape[2:])
         to_bias = flat.sum(2).view(batch, outputs)
         # The same convolution backwards: what an input gives to the outputs around it, the padding's included
         backwards = weight.flip(3, 4).transpose(1, 2).flatten(3)
@@ -175,6 +227,25 @@ class _Convolved:
         to_inputs = _convolve(around.flatten(2), _shifts(weight.shape[3], stride), backwards, none, rows * stride)
         to_inputs = to_inputs.view(len(weight), -1, rows, stride)
         return _fold(to_inputs, margin, width).reshape(self._shape), to_weight, to_bias
+
+
+class _CompiledConvolved:
+    """The same by compiled loops, for kernels of 3x3."""
+
+    def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self._shape, self._weight_shape = inputs.shape, weight.shape
+        if weight.shape[2] < inputs.shape[1]:  # depthwise: each channel is a convolution of its own
+            inputs, weight, bias = inputs.flatten(0, 1)[:, None], weight.flatten(0, 1)[:, None], bias.reshape(-1, 1)
+        self._inputs, self._weight = inputs, weight
+        outputs = kernels.convolve(inputs, weight, bias)
+        self.outputs = outputs.view(self._shape[0], -1, *self._shape[2:])
+
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `_Convolved.backward`."""
+        batch, outputs = gradient.shape[:2]
+        gradient = gradient.reshape(len(self._weight), -1, *self._shape[2:])
+        to_inputs, to_weight, to_bias = kernels.convolve_backward(gradient, self._inputs, self._weight)
+        return to_inputs.view(self._shape), to_weight.view(self._weight_shape), to_bias.view(batch, outputs)
 
 
 def _shifts(kernel: int, stride: int) -> list[int]:
@@ -188,16 +259,7 @@ def _convolve(
 
     An output weighs the inputs that are the shifts further on.
     """
-    if _compiled(flat) and len(shifts) % 3 == 0:
-        return kernels.convolve(flat, shifts, weight, bias, count)
     return torch.baddbmm(bias[:, :, None], weight.flatten(2), _shifted(flat, shifts, count))
-
-
-def _convolve_weights(flat: torch.Tensor, shifts: list[int], gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of `_convolve` by its weight, that by its outputs given."""
-    if _compiled(flat) and len(shifts) % 3 == 0:
-        return kernels.convolve_weights(flat, shifts, gradient)
-    return torch.bmm(gradient, _shifted(flat, shifts, gradient.shape[2]).transpose(1, 2))
 
 
 def _shifted(flat: torch.Tensor, shifts: list[int], count: int) -> torch.Tensor:
@@ -211,16 +273,29 @@ def _fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
     """The gradient of padding with the outermost values: (batch, C, h + 2 margin, stride) -> (batch, C, h, width)."""
     if not margin:
         return padded
-    if _compiled(padded):
-        return kernels.fold(padded, margin, width)
     padded = padded[..., : width + 2 * margin]
     inner = padded[:, :, margin:-margin, margin:-margin]
     return torch.ops.aten.replication_pad2d_backward(padded, inner, [margin] * 4)
 
 
-def function_threads() -> contextlib.AbstractContextManager[None]:
-    """Around work with functions: puts the processor's threads where they are of use."""
-    return contextlib.nullcontext() if kernels is None else kernels.own_threads()
+def adam_step(
+    values: torch.Tensor, gradient: torch.Tensor, moments: list[torch.Tensor], steps: int, rate: float
+) -> None:
+    """One step of Adam (Kingma and Ba, 2015), in place. moments: of order one and two. steps: with this one."""
+    mean, square = moments
+    scale = math.sqrt(1 - BETAS[1] ** steps)
+    rate, epsilon = rate * scale / (1 - BETAS[0] ** steps), 1e-8 * scale
+    if _compiled(values):
+        kernels.adam_step(values, gradient, mean, square, BETAS, rate, epsilon)
+        return
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    values.addcdiv_(mean, square.sqrt().add_(epsilon), value=-rate)
+
+
+def function_threads(count: int) -> contextlib.AbstractContextManager[None]:
+    """Around work with functions in one thread: puts so many of the processor's threads where they are of use."""
+    return contextlib.nullcontext() if kernels is None else kernels.own_threads(count)
 
 
 def _compiled(tensor: torch.Tensor) -> bool:
@@ -228,10 +303,10 @@ def _compiled(tensor: torch.Tensor) -> bool:
 
 
 class GridBits:
-    """Bits that the ARM gives to all grid values of each function, (batch,).
+    """Bits that the ARM gives to all grid values of each function; on a CPU begun here and waited for where asked for.
 
     canvas: (batch, rows, stride), zero where the layout's mask is. prices: (batch,), what `backward` multiplies the
-    gradients by; ones by default.
+    gradients by; None where they are not wanted.
     """
 
     def __init__(
@@ -242,29 +317,26 @@ class GridBits:
         layout: Canvas,
         prices: torch.Tensor | None = None,
     ) -> None:
-        prices = canvas.new_ones(len(canvas)) if prices is None else prices
-        self._layout = layout
         self._flat = canvas.flatten(1)
-        seen = F.pad(self._flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
         levels = range(len(layout.shapes))
         groups = (range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)
         # The compiled ARM knows no other inputs than neighbours
         arm_bits = _CompiledArmBits if _compiled(canvas) and not len(layout.extras) else _ArmBits
         self._parts = [
-            arm_bits(self._flat, seen, prices, f"arm{number}", networks, architecture, layout, layout.span(group))
+            arm_bits(self._flat, prices, f"arm{number}", networks, architecture, layout, layout.span(group))
             for number, group in enumerate(groups)
             if layout.span(group).start < layout.span(group).stop
         ]
-        self.bits = sum((part.bits for part in self._parts), canvas.new_zeros(len(canvas)))
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """(batch,)."""
+        return sum((part.bits for part in self._parts), self._flat.new_zeros(len(self._flat)))
 
     def backward(self, to_networks: Networks, to_canvas: torch.Tensor) -> None:
         """Adds the gradients of the bits, each function's multiplied by its price; `to_canvas` is as the canvas."""
-        lead = self._layout.lead
-        to_seen = to_canvas.new_zeros(len(to_canvas), lead + self._flat.shape[1])
         for part in self._parts:
-            part.backward(to_networks, to_canvas.flatten(1), to_seen)
-        seen = torch.ops.aten.hardtanh_backward(to_seen[:, lead:], self._flat, -MAX_CONTEXT, MAX_CONTEXT)
-        to_canvas += seen.view_as(to_canvas)
+            part.backward(to_networks, to_canvas.flatten(1))
 
 
 def _arm_matrices(networks: Networks, name: str, layers: int) -> list[torch.Tensor]:
@@ -281,15 +353,15 @@ class _ArmBits:
     def __init__(
         self,
         flat: torch.Tensor,
-        seen: torch.Tensor,
-        prices: torch.Tensor,
+        prices: torch.Tensor | None,
         name: str,
         networks: Networks,
         architecture: Architecture,
         layout: Canvas,
         span: slice,
     ) -> None:
-        self._prices, self._name, self._layout, self._span = prices, name, layout, span
+        self._flat, self._prices, self._name, self._layout, self._span = flat, prices, name, layout, span
+        seen = F.pad(flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
         biases = networks[f"{name}.bias"].split(arm_sizes(architecture)[1:], 1)
         self._matrices = _arm_matrices(networks, name, len(biases))
         batch, first, count = len(flat), layout.lead + span.start, span.stop - span.start
@@ -320,8 +392,9 @@ class _ArmBits:
         self._probability.clamp_min_(SMALLEST_PROBABILITY)
         self.bits = -(torch.log2(self._probability) @ layout.mask.flatten()[span])
 
-    def backward(self, to_networks: Networks, to_flat: torch.Tensor, to_seen: torch.Tensor) -> None:
-        """Adds gradients; `to_seen` is of the canvas behind `lead` zeros, as neighbours see it."""
+    def backward(self, to_networks: Networks, to_flat: torch.Tensor) -> None:
+        """Adds gradients."""
+        assert self._prices is not None
         layout, span, rate = self._layout, self._span, self._rate
         batch, first, count = len(to_flat), layout.lead + span.start, span.stop - span.start
         slope = (layout.mask.flatten()[span] * self._prices[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
@@ -346,10 +419,13 @@ class _ArmBits:
                 gradient = torch.ops.aten.hardtanh_backward(gradient, inputs, 0, LARGEST_ACTIVATION)
         to_networks[f"{self._name}.bias"] += torch.cat(to_biases[::-1], 1)
 
+        to_seen = to_flat.new_zeros(batch, layout.lead + to_flat.shape[1])
         for number, distance in enumerate(layout.neighbours):
             to_seen[:, first + distance : first + distance + count] += gradient[:, number]
         for number, index in enumerate(layout.extras, len(layout.neighbours)):
             to_seen.index_add_(1, layout.lead + index[span], gradient[:, number])
+        seen = to_seen[:, layout.lead :]
+        to_flat += torch.ops.aten.hardtanh_backward(seen, self._flat, -MAX_CONTEXT, MAX_CONTEXT)
 
 
 class _CompiledArmBits:
@@ -358,38 +434,41 @@ class _CompiledArmBits:
     def __init__(
         self,
         flat: torch.Tensor,
-        seen: torch.Tensor,
-        prices: torch.Tensor,
+        prices: torch.Tensor | None,
         name: str,
         networks: Networks,
         architecture: Architecture,
         layout: Canvas,
         span: slice,
     ) -> None:
-        self._name, self._span = name, span
+        self._name = name
         sizes = arm_sizes(architecture)
         matrices = _arm_matrices(networks, name, len(sizes) - 1)
+        self._shapes = [matrix.shape for matrix in matrices]
         self._rows = layout.planes[span.start // layout.stride : span.stop // layout.stride]
         scales = networks["grid_scales"][:, self._rows] if "grid_scales" in networks else None
-        self.bits, *self._gradients = kernels.arm_bits(
-            seen,
-            flat[:, span],
-            layout.mask.flatten()[span],
-            [layout.lead + span.start + distance for distance in layout.neighbours],
+        self._arm_bits = kernels.ArmBits(
+            flat,
+            layout.mask.flatten(),
+            span,
+            layout.neighbours,
             flat.new_zeros(len(flat), len(self._rows)) if scales is None else scales,
             torch.cat([matrix.flatten(1) for matrix in matrices], 1),
             networks[f"{name}.bias"],
             sizes,
-            (LARGEST_ACTIVATION, LOG_SCALE_LOW, LOG_SCALE_HIGH, SMALLEST_PROBABILITY),
+            (MAX_CONTEXT, LARGEST_ACTIVATION, LOG_SCALE_LOW, LOG_SCALE_HIGH, SMALLEST_PROBABILITY),
             prices,
         )
-        self._shapes = [matrix.shape for matrix in matrices]
 
-    def backward(self, to_networks: Networks, to_flat: torch.Tensor, to_seen: torch.Tensor) -> None:
+    @property
+    def bits(self) -> torch.Tensor:
+        """(batch,)."""
+        return self._arm_bits.bits
+
+    def backward(self, to_networks: Networks, to_flat: torch.Tensor) -> None:
         """As `_ArmBits.backward`."""
-        by_mean, by_seen, by_scales, by_weights, by_biases = self._gradients
-        to_flat[:, self._span] -= by_mean
-        to_seen += by_seen
+        by_scales, by_weights, by_biases = self._arm_bits.gradients()
+        self._arm_bits.add_to(to_flat)
         if "grid_scales" in to_networks:
             to_networks["grid_scales"].index_add_(1, self._rows, by_scales)
         to_networks[f"{self._name}.bias"] += by_biases

@@ -10,11 +10,12 @@ Arrays and tensors are of float32 where nothing else is said.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ _LEAST_WORK = 3_000_000
 _LOG2_E = np.float32(1 / math.log(2))
 _LN_2 = np.float32(math.log(2))
 
+# The compiler turns a loop into vector instructions if it has to make sure of no more than eight pairs of arrays, one
+# of them written to, that they do not overlap. Loops are kept below that, and a number without a type (float64) away.
+
 
 def _compiled(function: Callable[..., Any]) -> Any:
     options: dict[str, Any] = {"fastmath": True, "nogil": True}
@@ -39,93 +43,141 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return njit(function, **options)
 
 
-def arm_bits(
-    seen: torch.Tensor,
-    flat: torch.Tensor,
-    mask: torch.Tensor,
-    places: Sequence[int],
-    scales: torch.Tensor,
-    weights: torch.Tensor,
-    biases: torch.Tensor,
-    sizes: Sequence[int],
-    limits: Sequence[float],
-    prices: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Bits of rows of a canvas by an ARM, (batch,), and their gradients, those multiplied by `prices` (batch,).
+class ArmBits:
+    """Bits of a part of a canvas by an ARM, and their gradients; begun here, and waited for where asked for.
 
-    seen: (batch, n) what neighbours see. places: where in it each input of the first value stands. flat: (batch, rows *
-    stride) the values. mask: (rows * stride,). scales: (batch, rows), added to the logarithm of the scale. weights,
-    biases: (batch, all layers'), a layer's weights (outputs, inputs). sizes: widths from the inputs to the two outputs.
-    limits: largest activation, range of the logarithm of the scale, smallest probability.
-    The gradients are by the mean (batch, rows * stride), by what neighbours see, by scales, weights and biases.
+    flat: (batch, n) a flattened canvas. mask: (n,). span: the part, whole rows. distances: how far back in the canvas
+    each input stands. scales: (batch, rows), added to the logarithm of the scale. weights, biases: (batch, all
+    layers'), a layer's weights (outputs, inputs). sizes: widths from the inputs to the two outputs. limits: largest
+    context and activation, range of the logarithm of the scale, smallest probability. prices: (batch,), what gradients
+    are multiplied by; None where they are not wanted.
     """
-    batch, count = flat.shape
-    stride = count // scales.shape[1]
-    block = max(1, _BLOCK // stride) * stride
-    blocks = -(-count // block)
-    bits = torch.empty(batch, blocks)
-    by_mean, by_scales, by_seen = torch.empty_like(flat), torch.empty_like(scales), torch.zeros_like(seen)
-    by_inputs = torch.empty(batch, len(places), count)
-    by_weights, by_biases = torch.empty(batch, blocks, weights.shape[1]), torch.empty(batch, blocks, biases.shape[1])
-    where, limit = np.array(places), np.array(limits, np.float32)
-    results = (bits, by_mean, by_inputs, by_scales, by_weights, by_biases)
-    arrays = _arrays(seen, flat, mask, scales, weights, biases, prices, *results)
-    work = batch * count * weights.shape[1]
-    _spread(_arm_bits, batch * blocks, work, *arrays, where, np.array(sizes), limit, block)
-    parts = -(-seen.shape[1] // _BLOCK)
-    _spread(_scatter, batch * parts, work, *_arrays(by_inputs, by_seen), where)
-    return [bits.sum(1), by_mean, by_seen, by_scales, by_weights.sum(1), by_biases.sum(1)]
+
+    def __init__(
+        self,
+        flat: torch.Tensor,
+        mask: torch.Tensor,
+        span: slice,
+        distances: Sequence[int],
+        scales: torch.Tensor,
+        weights: torch.Tensor,
+        biases: torch.Tensor,
+        sizes: Sequence[int],
+        limits: Sequence[float],
+        prices: torch.Tensor | None,
+    ) -> None:
+        batch, count = len(flat), span.stop - span.start
+        stride = count // scales.shape[1]
+        block = max(1, _BLOCK // stride) * stride
+        blocks = -(-count // block)
+        self._bits = torch.empty(batch, blocks)
+        wanted = 0 if prices is None else batch
+        self._by_mean, self._by_inputs = torch.empty(wanted, count), torch.empty(wanted, len(distances), count)
+        self._by_scales = torch.empty(wanted, scales.shape[1])
+        self._by_weights = torch.empty(wanted, blocks, weights.shape[1])
+        self._by_biases = torch.empty(wanted, blocks, biases.shape[1])
+        self._flat, self._span = flat, span
+        self._distances, self._limits = np.array(distances, np.int64), np.array(limits, np.float32)
+        self._work = batch * count * weights.shape[1]
+        arrays = _arrays(flat, mask, scales, weights, biases, torch.empty(0) if prices is None else prices)
+        arrays += _arrays(self._bits, self._by_mean, self._by_inputs, self._by_scales)
+        arrays += _arrays(self._by_weights, self._by_biases)
+        places = (self._distances, np.array(sizes), self._limits, span.start, count, stride, block)
+        self._wait = _start(_arm_bits, batch * blocks, self._work, *arrays, *places)
+
+    @functools.cached_property
+    def bits(self) -> torch.Tensor:
+        """(batch,)."""
+        self._wait()
+        return self._bits.sum(1)
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """By scales, weights and biases."""
+        assert self.bits is not None
+        return self._by_scales, self._by_weights.sum(1), self._by_biases.sum(1)
+
+    def add_to(self, to_flat: torch.Tensor) -> None:
+        """Adds the gradients by the values of the canvas, themselves and as neighbours."""
+        assert self.bits is not None
+        parts = -(-to_flat.shape[1] // _BLOCK)
+        arrays = _arrays(self._by_mean, self._by_inputs, self._flat, to_flat)
+        places = (self._distances, self._span.start, self._limits[0])
+        _spread(_scatter, len(to_flat) * parts, self._work, *arrays, *places)
 
 
-def convolve(
-    flat: torch.Tensor, shifts: Sequence[int], weight: torch.Tensor, bias: torch.Tensor, count: int
-) -> torch.Tensor:
-    """outputs[b, o, p] = bias[b, o] + sum over c and s of weight[b, o, c, s] * flat[b, c, p + shifts[s]].
+def convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A convolution of 3x3 at the edges of which the outermost values go on.
 
-    flat: (batch, in, n). shifts: a multiple of three. weight: (batch, out, in, shifts). Gives (batch, out, count).
+    inputs (batch, in, h, w), weight (batch, out, in, 3, 3), bias (batch, out) -> (batch, out, h, w).
     """
-    outputs = torch.empty(*weight.shape[:2], count)
-    tasks = len(flat) * -(-count // _BLOCK)
-    _spread(_convolve, tasks, weight.numel() * count, *_arrays(flat, weight, bias, outputs), np.array(shifts))
+    outputs = torch.empty(*weight.shape[:2], *inputs.shape[2:])
+    bands = _bands(inputs)
+    work = weight.numel() * inputs[0, 0].numel()
+    _spread(_convolve, len(inputs) * bands, work, *_arrays(inputs, weight.flatten(3), bias, outputs), bands)
     return outputs
 
 
-def convolve_weights(flat: torch.Tensor, shifts: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of `convolve` by its weight: that by its outputs (batch, out, count) -> (batch, out, in, shifts)."""
-    (batch, channels, _), (_, outputs, count) = flat.shape, gradient.shape
-    blocks = -(-count // _BLOCK)
-    parts = torch.empty(batch, blocks, outputs, channels, len(shifts))
-    work = parts[:, 0].numel() * count
-    _spread(_convolve_weights, batch * blocks, work, *_arrays(flat, gradient, parts), np.array(shifts))
-    return parts.sum(1)
+def convolve_backward(
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of `convolve` by its outputs -> by inputs, weight and bias."""
+    batch, outputs, channels = weight.shape[:3]
+    bands = _bands(inputs)
+    to_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    to_weight, to_bias = torch.empty(batch, bands, outputs * channels * 9), torch.empty(batch, bands, outputs)
+    work = 2 * weight.numel() * inputs[0, 0].numel()
+    arrays = _arrays(gradient, inputs, weight.flatten(3), to_inputs, to_weight, to_bias)
+    _spread(_convolve_backward, batch * bands, work, *arrays, bands)
+    return to_inputs, to_weight.sum(1).view_as(weight), to_bias.sum(1)
 
 
-def fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
-    """The gradient of padding with the outermost values: (batch, C, h + 2 margin, stride) -> (batch, C, h, width).
+def _bands(planes: torch.Tensor) -> int:
+    """How many bands of rows planes (batch, channels, h, w) are worked on in, none of them empty."""
+    height, width = planes.shape[2:]
+    rows = min(height, max(1, _BLOCK // (width + 2)))
+    rows = -(-height // -(-height // rows))
+    return -(-height // rows)
 
-    Of each row the first width + 2 margin values count.
+
+class Upsampled:
+    """All planes of a canvas (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
+
+    taps: (batch, levels - 1, 4), those of the doubling to each level. planes: (planes, 2) int64, the level and the
+    first row of each. sizes: (levels, 2) int64.
     """
-    batch, channels, rows, _ = padded.shape
-    result = torch.zeros(batch, channels, rows - 2 * margin, width)
-    _spread(_fold, batch * channels, padded.numel(), *_arrays(padded, result), margin)
-    return result
+
+    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, planes: np.ndarray, sizes: np.ndarray) -> None:
+        # What each level's plane becomes on its way to the finest: the levels between lie behind each other
+        ends = np.cumsum(sizes.prod(1))
+        self._geometry = (planes, sizes, ends - sizes.prod(1) - ends[0])
+        self._taps, self._between = taps, torch.empty(len(canvas), len(planes), int(ends[-1] - ends[0]))
+        self.outputs = torch.empty(len(canvas), len(planes), *map(int, sizes[0]))
+        self._tasks, self._work = len(canvas) * len(planes), 8 * self.outputs.numel()
+        _spread(
+            _upsample, self._tasks, self._work, *_arrays(canvas, taps, self._between, self.outputs), *self._geometry
+        )
+
+    def backward(self, gradient: torch.Tensor, to_canvas: torch.Tensor) -> torch.Tensor:
+        """Of the outputs -> of taps; that of the canvas is added to `to_canvas`."""
+        to_taps = torch.zeros(*gradient.shape[:2], *self._taps.shape[1:])
+        arrays = _arrays(gradient, self._taps, self._between, to_canvas, to_taps)
+        _spread(_upsample_backward, self._tasks, 3 * self._work, *arrays, *self._geometry)
+        return to_taps.sum(1)
 
 
-def double(inputs: torch.Tensor, taps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """inputs (batch, C, h, w) upsampled by 2 with taps (batch, 4), cut to (batch, C, height, width)."""
-    outputs = torch.empty(*inputs.shape[:2], height, width)
-    _spread(_double, inputs.shape[:2].numel(), 16 * inputs.numel(), *_arrays(inputs, taps, outputs))
-    return outputs
-
-
-def double_backward(
-    gradient: torch.Tensor, inputs: torch.Tensor, taps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of `double` by its outputs -> by inputs and taps."""
-    to_inputs, to_taps = torch.zeros_like(inputs), torch.zeros(*inputs.shape[:2], 4)
-    arrays = _arrays(gradient, inputs, taps, to_inputs, to_taps)
-    _spread(_double_backward, inputs.shape[:2].numel(), 48 * inputs.numel(), *arrays)
-    return to_inputs, to_taps.sum(1)
+def adam_step(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    betas: tuple[float, float],
+    rate: float,
+    epsilon: float,
+) -> None:
+    """Moves the moments and then the values, in place."""
+    arrays = [tensor.view(-1).numpy() for tensor in (values, gradient, mean, square)]
+    numbers = np.array([*betas, rate, epsilon], np.float32)
+    _spread(_adam_step, -(-values.numel() // _BLOCK), 4 * values.numel(), *arrays, numbers)
 
 
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
@@ -140,34 +192,55 @@ _threads = threading.local()
 
 
 @contextlib.contextmanager
-def own_threads() -> Iterator[None]:
-    """Gives torch's threads to the loops here while it lasts.
+def own_threads(count: int) -> Iterator[None]:
+    """Gives so many threads to the loops that are called from this one, instead of to torch, while it lasts.
 
     Between torch's operations its threads wait in a busy loop; and tensors of this size are too small for them.
     """
-    count = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    _threads.count = count
+    _threads.free = count
     try:
         yield
     finally:
-        del _threads.count
-        torch.set_num_threads(count)
+        del _threads.free
+        torch.set_num_threads(before)
+
+
+def _start(function: Any, tasks: int, work: int, *arguments: Any) -> Callable[[], None]:
+    """Begins function(first, last, *arguments) for all tasks on half of the free threads; what it gives waits.
+
+    Where there is but one thread, all is done at once.
+    """
+    threads = min(getattr(_threads, "free", 1) // 2, tasks, 1 + work // _LEAST_WORK)
+    if threads == 0:
+        function(0, tasks, *arguments)
+        return lambda: None
+    _threads.free -= threads
+    futures = _submit(function, tasks, threads, 0, arguments)
+
+    def wait() -> None:
+        for future in futures:
+            future.result()
+        _threads.free += threads
+
+    return wait
 
 
 def _spread(function: Any, tasks: int, work: int, *arguments: Any) -> None:
-    """Calls function(first, last, *arguments) for all tasks, on as many threads as there are and the work is worth."""
-    threads = min(getattr(_threads, "count", 1), tasks, 1 + work // _LEAST_WORK)
-    if threads == 1:
-        function(0, tasks, *arguments)
-        return
-    if not _pools:
-        _pools.append(ThreadPoolExecutor(thread_name_prefix="clric"))
-    bounds = [tasks * i // threads for i in range(threads + 1)]
-    futures = [_pools[0].submit(function, bounds[i], bounds[i + 1], *arguments) for i in range(1, threads)]
-    function(bounds[0], bounds[1], *arguments)
+    """Calls function(first, last, *arguments) for all tasks, on as many threads as are free and the work is worth."""
+    threads = min(getattr(_threads, "free", 1), tasks, 1 + work // _LEAST_WORK)
+    futures = _submit(function, tasks, threads, 1, arguments)
+    function(0, tasks // threads, *arguments)
     for future in futures:
         future.result()
+
+
+def _submit(function: Any, tasks: int, parts: int, first: int, arguments: tuple[Any, ...]) -> list[Future[None]]:
+    if first < parts and not _pools:
+        _pools.append(ThreadPoolExecutor(thread_name_prefix="clric"))
+    bounds = [tasks * i // parts for i in range(parts + 1)]
+    return [_pools[0].submit(function, bounds[i], bounds[i + 1], *arguments) for i in range(first, parts)]
 
 
 @_compiled
@@ -210,23 +283,36 @@ def _sum_of_log2(values: np.ndarray, mask: np.ndarray) -> np.floating:
         y = np.float32(1 / 5) + q * y
         y = np.float32(1 / 3) + q * y
         y = np.float32(1) + q * y
-        total += mask[i] * (2 * _LOG2_E * s * y)
+        total += mask[i] * (np.float32(2) * _LOG2_E * s * y)
     return total
 
 
 @_compiled
-def _add_products(out: np.ndarray, weights: np.ndarray, first: int, step: int, rows: np.ndarray, count: int) -> None:
-    """out += sum over k < count of weights[first + k * step] * rows[k]."""
+def _weigh(out: np.ndarray, bias: np.floating, weights: np.ndarray, first: int, step: int, rows: np.ndarray) -> None:
+    """out = bias + sum over k of weights[first + k * step] * rows[k]."""
     k = 0
-    while k + 4 <= count:
-        a, b = weights[first + k * step], weights[first + (k + 1) * step]
-        c, d = weights[first + (k + 2) * step], weights[first + (k + 3) * step]
-        row_a, row_b, row_c, row_d = rows[k], rows[k + 1], rows[k + 2], rows[k + 3]
+    if len(rows) >= 8:
+        a, b, c, d = weights[first], weights[first + step], weights[first + 2 * step], weights[first + 3 * step]
+        first += 4 * step
+        e, f, g, h = weights[first], weights[first + step], weights[first + 2 * step], weights[first + 3 * step]
+        first += 4 * step
+        row_a, row_b, row_c, row_d = rows[0], rows[1], rows[2], rows[3]
+        row_e, row_f, row_g, row_h = rows[4], rows[5], rows[6], rows[7]
         for i in range(len(out)):
-            out[i] += a * row_a[i] + b * row_b[i] + c * row_c[i] + d * row_d[i]
-        k += 4
-    while k < count:
-        a, row_a = weights[first + k * step], rows[k]
+            left = a * row_a[i] + b * row_b[i] + c * row_c[i] + d * row_d[i]
+            out[i] = bias + left + (e * row_e[i] + f * row_f[i] + g * row_g[i] + h * row_h[i])
+        k = 8
+    elif len(rows) >= 2:
+        a, b, row_a, row_b = weights[first], weights[first + step], rows[0], rows[1]
+        first += 2 * step
+        for i in range(len(out)):
+            out[i] = bias + a * row_a[i] + b * row_b[i]
+        k = 2
+    else:
+        out[:] = bias
+    while k < len(rows):
+        a, row_a = weights[first], rows[k]
+        first += step
         for i in range(len(out)):
             out[i] += a * row_a[i]
         k += 1
@@ -241,10 +327,38 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.floating:
 
 
 @_compiled
+def _dots(above: np.ndarray, below: np.ndarray, result: np.ndarray, first: int) -> None:
+    """result[first + j * len(below) + k] = sum over i of above[j, i] * below[k, i]."""
+    whole, count = len(above) // 2 * 2, len(below) // 4 * 4
+    for j in range(0, whole, 2):
+        a, b = above[j], above[j + 1]
+        for k in range(0, count, 4):
+            row_p, row_q, row_r, row_s = below[k], below[k + 1], below[k + 2], below[k + 3]
+            ap = aq = ar = as_ = bp = bq = br = bs = np.float32(0)
+            for i in range(len(a)):
+                x, y = a[i], b[i]
+                p, q, r, s = row_p[i], row_q[i], row_r[i], row_s[i]
+                ap += x * p
+                aq += x * q
+                ar += x * r
+                as_ += x * s
+                bp += y * p
+                bq += y * q
+                br += y * r
+                bs += y * s
+            place = first + j * len(below) + k
+            result[place], result[place + 1], result[place + 2], result[place + 3] = ap, aq, ar, as_
+            place += len(below)
+            result[place], result[place + 1], result[place + 2], result[place + 3] = bp, bq, br, bs
+    for j in range(len(above)):
+        for k in range(count if j < whole else 0, len(below)):
+            result[first + j * len(below) + k] = _dot(above[j], below[k])
+
+
+@_compiled
 def _arm_bits(
     first_task: int,
     last_task: int,
-    seen: np.ndarray,
     flat: np.ndarray,
     mask: np.ndarray,
     scales: np.ndarray,
@@ -257,30 +371,36 @@ def _arm_bits(
     by_scales: np.ndarray,
     by_weights: np.ndarray,
     by_biases: np.ndarray,
-    places: np.ndarray,
+    distances: np.ndarray,
     sizes: np.ndarray,
     limits: np.ndarray,
+    origin: int,
+    count: int,
+    stride: int,
     block: int,
 ) -> None:
-    count, blocks = flat.shape[1], bits.shape[1]
-    stride = count // scales.shape[1]
-    layers = len(sizes) - 1
+    blocks, layers = bits.shape[1], len(sizes) - 1
     height = sizes.sum()
-    largest, low, high, least = limits[0], limits[1], limits[2], limits[3]
+    widest, largest, low, high, least = limits[0], limits[1], limits[2], limits[3], limits[4]
     for task in range(first_task, last_task):
         b, c = task // blocks, task % blocks
         start, stop = c * block, min(count, (c + 1) * block)
         n = stop - start
         activations = np.empty((height, n), np.float32)
         for k in range(sizes[0]):
-            activations[k] = seen[b, places[k] + start : places[k] + stop]
+            inputs_row = activations[k]
+            place = origin + start + distances[k]
+            before = min(max(-place, 0), n)  # beyond the canvas's beginning there are zeros
+            inputs_row[:before] = 0
+            source = flat[b, place + before : place + n]
+            for i in range(n - before):
+                inputs_row[before + i] = min(max(source[i], -widest), widest)
         at, w, v = 0, 0, 0
         for layer in range(layers):
             inputs, outputs = sizes[layer], sizes[layer + 1]
             for j in range(outputs):
                 row = activations[at + inputs + j]
-                row[:] = biases[b, v + j]
-                _add_products(row, weights[b], w + j * inputs, 1, activations[at : at + inputs], inputs)
+                _weigh(row, biases[b, v + j], weights[b], w + j * inputs, 1, activations[at : at + inputs])
                 if layer < layers - 1:
                     for i in range(n):
                         row[i] = min(max(row[i], np.float32(0)), largest)
@@ -294,7 +414,7 @@ def _arm_bits(
         near = np.empty(n, np.float32)
         far = np.empty(n, np.float32)
         probability = np.empty(n, np.float32)
-        values, own = flat[b, start:stop], mask[start:stop]
+        values, own = flat[b, origin + start : origin + stop], mask[origin + start : origin + stop]
         for r in range(n // stride):
             shift = scales[b, start // stride + r]
             for i in range(r * stride, (r + 1) * stride):
@@ -303,10 +423,11 @@ def _arm_bits(
             rate[i] = -min(max(log_scale[i], low), high)
         _exp2(rate, scratch)
         for i in range(n):
-            distance = abs(values[i] - mean[i])
-            inner[i] = np.float32(0.5) - distance
+            inner[i] = np.float32(0.5) - abs(values[i] - mean[i])
+        for i in range(n):
             near[i] = -abs(inner[i]) * rate[i] * _LOG2_E
-            far[i] = -(np.float32(0.5) + distance) * rate[i] * _LOG2_E
+        for i in range(n):
+            far[i] = (inner[i] - np.float32(1)) * rate[i] * _LOG2_E
         _exp2(near, scratch)
         _exp2(far, scratch)
         for i in range(n):
@@ -314,17 +435,20 @@ def _arm_bits(
             both = np.float32(1) - far[i] + (other if inner[i] > 0 else -other)
             probability[i] = max(np.float32(0.5) * both, least)
         bits[b, c] = -_sum_of_log2(probability, own)
+        if not len(prices):
+            continue
 
         gradients = np.empty((height, n), np.float32)
         to_mean, to_scale = gradients[at], gradients[at + 1]
         price = np.float32(-0.5) * _LOG2_E * prices[b]
         for i in range(n):
             slope = price * own[i] * rate[i] / probability[i]
-            slope = slope if probability[i] > least else np.float32(0)
-            side = np.float32(1) if values[i] > mean[i] else np.float32(-1)
-            to_mean[i] = (near[i] - far[i]) * side * slope
-            outer = np.float32(1) - inner[i]
-            by = (inner[i] * near[i] + outer * far[i]) * slope * -_LN_2
+            rate[i] = slope if probability[i] > least else np.float32(0)
+        for i in range(n):
+            side = rate[i] if values[i] > mean[i] else -rate[i]
+            to_mean[i] = (near[i] - far[i]) * side
+        for i in range(n):
+            by = (inner[i] * near[i] + (np.float32(1) - inner[i]) * far[i]) * rate[i] * -_LN_2
             to_scale[i] = by if low < log_scale[i] < high else np.float32(0)
         by_mean[b, start:stop] = to_mean
         for r in range(n // stride):
@@ -332,98 +456,205 @@ def _arm_bits(
         for layer in range(layers - 1, -1, -1):
             inputs, outputs = sizes[layer], sizes[layer + 1]
             at, w, v = at - inputs, w - inputs * outputs, v - outputs
+            above = gradients[at + inputs : at + inputs + outputs]
+            _dots(above, activations[at : at + inputs], by_weights[b, c], w)
             for j in range(outputs):
-                above = gradients[at + inputs + j]
-                by_biases[b, c, v + j] = above.sum()
-                for k in range(inputs):
-                    by_weights[b, c, w + j * inputs + k] = _dot(above, activations[at + k])
+                by_biases[b, c, v + j] = above[j].sum()
             for k in range(inputs):
-                below = gradients[at + k]
-                below[:] = 0
-                _add_products(below, weights[b], w + k, inputs, gradients[at + inputs : at + inputs + outputs], outputs)
+                below = gradients[at + k] if layer else by_inputs[b, k, start:stop]
+                _weigh(below, np.float32(0), weights[b], w + k, inputs, above)
                 if layer:
                     row = activations[at + k]
                     for i in range(n):
                         below[i] = below[i] if np.float32(0) < row[i] < largest else np.float32(0)
-        by_inputs[b, :, start:stop] = gradients[: sizes[0]]
 
 
 @_compiled
-def _scatter(first_task: int, last_task: int, by_inputs: np.ndarray, by_seen: np.ndarray, places: np.ndarray) -> None:
-    """Gradients by inputs, added where the inputs stand."""
-    count, size = by_inputs.shape[2], by_seen.shape[1]
+def _scatter(
+    first_task: int,
+    last_task: int,
+    by_mean: np.ndarray,
+    by_inputs: np.ndarray,
+    flat: np.ndarray,
+    to_flat: np.ndarray,
+    distances: np.ndarray,
+    origin: int,
+    widest: np.floating,
+) -> None:
+    """Gradients by inputs, added where the inputs stand, and that by the mean, taken from the value's own."""
+    count, size = by_mean.shape[1], to_flat.shape[1]
     parts = (size + _BLOCK - 1) // _BLOCK
+    sums = np.empty(_BLOCK, np.float32)
     for task in range(first_task, last_task):
         b, start = task // parts, task % parts * _BLOCK
-        for k in range(len(places)):
+        stop = min(size, start + _BLOCK)
+        sums[:] = 0
+        for k in range(len(distances)):
             # Values whose k-th input lies in this part
-            first = max(0, start - places[k])
-            last = min(count, min(size, start + _BLOCK) - places[k])
+            shift = origin + distances[k]
+            first, last = max(0, start - shift), min(count, stop - shift)
             if first < last:
-                target, source = by_seen[b, places[k] + first : places[k] + last], by_inputs[b, k, first:last]
+                target, source = sums[shift + first - start : shift + last - start], by_inputs[b, k, first:last]
                 for i in range(last - first):
                     target[i] += source[i]
+        values, result = flat[b, start:stop], to_flat[b, start:stop]
+        for i in range(stop - start):
+            result[i] += sums[i] if -widest < values[i] < widest else np.float32(0)
+        first, last = max(0, start - origin), min(count, stop - origin)
+        if first < last:
+            result, source = to_flat[b, origin + first : origin + last], by_mean[b, first:last]
+            for i in range(last - first):
+                result[i] -= source[i]
+
+
+@_compiled
+def _lines(plane: np.ndarray, top: int, bottom: int, lines: np.ndarray) -> None:
+    """Rows top - 1 to bottom of a plane and a column more at each side, flat; the outermost values go on."""
+    height, width = plane.shape
+    stride = width + 2
+    for y in range(top - 1, bottom + 1):
+        start = (y - top + 1) * stride
+        source = plane[min(max(y, 0), height - 1)]
+        lines[start + 1 : start + 1 + width] = source
+        lines[start] = source[0]
+        lines[start + 1 + width] = source[width - 1]
+
+
+@_compiled
+def _add_neighbours(
+    first: np.ndarray, second: np.ndarray, a: np.ndarray, b: np.ndarray, lines: np.ndarray, start: int, stride: int
+) -> None:
+    """Adds what lines hold from start on, at a stride's distance three times three, by weights a and b."""
+    n = len(first)
+    for s in range(0, 9, 3):
+        u, v, w = lines[start : start + n], lines[start + 1 : start + 1 + n], lines[start + 2 : start + 2 + n]
+        ax, ay, az, bx, by, bz = a[s], a[s + 1], a[s + 2], b[s], b[s + 1], b[s + 2]
+        for i in range(n):
+            first[i] += ax * u[i] + ay * v[i] + az * w[i]
+            second[i] += bx * u[i] + by * v[i] + bz * w[i]
+        start += stride
 
 
 @_compiled
 def _convolve(
     first_task: int,
     last_task: int,
-    flat: np.ndarray,
+    inputs: np.ndarray,
     weights: np.ndarray,
     biases: np.ndarray,
     result: np.ndarray,
-    shifts: np.ndarray,
+    bands: int,
 ) -> None:
-    channels = flat.shape[1]
-    _, outputs, count = result.shape
-    blocks = (count + _BLOCK - 1) // _BLOCK
+    channels, height, width = inputs.shape[1:]
+    outputs = result.shape[1]
+    stride, rows = width + 2, -(-height // bands)
+    lines = np.zeros((channels, (rows + 2) * stride + 2), np.float32)
+    sums = np.empty((outputs + 1, rows * stride), np.float32)  # the last one is nobody's, for an odd number of them
     for task in range(first_task, last_task):
-        b, start = task // blocks, task % blocks * _BLOCK
-        n = min(count, start + _BLOCK) - start
-        for o in range(outputs):
-            row = result[b, o, start : start + n]
-            row[:] = biases[b, o]
+        b, top = task // bands, task % bands * rows
+        bottom = min(top + rows, height)
+        for c in range(channels):
+            _lines(inputs[b, c], top, bottom, lines[c])
+        for o in range(0, outputs, 2):
+            sums[o], sums[o + 1] = biases[b, o], biases[b, min(o + 1, outputs - 1)]
             for c in range(channels):
-                source, weight = flat[b, c], weights[b, o, c]
-                for s in range(0, len(shifts), 3):
-                    x, y, z = weight[s], weight[s + 1], weight[s + 2]
-                    first, second, third = start + shifts[s], start + shifts[s + 1], start + shifts[s + 2]
-                    u, v, w = source[first : first + n], source[second : second + n], source[third : third + n]
-                    for i in range(n):
-                        row[i] += x * u[i] + y * v[i] + z * w[i]
+                other = weights[b, min(o + 1, outputs - 1), c]
+                _add_neighbours(sums[o], sums[o + 1], weights[b, o, c], other, lines[c], 0, stride)
+        for o in range(outputs):
+            for y in range(top, bottom):
+                start = (y - top) * stride
+                result[b, o, y] = sums[o, start : start + width]
 
 
 @_compiled
-def _convolve_weights(
-    first_task: int, last_task: int, flat: np.ndarray, gradient: np.ndarray, parts: np.ndarray, shifts: np.ndarray
+def _convolve_backward(
+    first_task: int,
+    last_task: int,
+    gradient: np.ndarray,
+    inputs: np.ndarray,
+    weights: np.ndarray,
+    to_inputs: np.ndarray,
+    to_weights: np.ndarray,
+    to_biases: np.ndarray,
+    bands: int,
 ) -> None:
-    channels = flat.shape[1]
-    _, outputs, count = gradient.shape
-    blocks = parts.shape[1]
+    channels, height, width = inputs.shape[1:]
+    outputs = gradient.shape[1]
+    stride, rows = width + 2, -(-height // bands)
+    lines = np.zeros((channels, (rows + 2) * stride + 2), np.float32)
+    # The outputs' gradients of a band and of two rows and columns more around it, zero outside of the plane
+    wide = width + 4
+    around = np.zeros((outputs, (rows + 4) * wide + 2), np.float32)
+    own = np.zeros((outputs, rows * stride), np.float32)
+    sums = np.empty((channels + 1, (rows + 2) * wide), np.float32)
+    backwards = np.empty((channels, outputs, 9), np.float32)
     for task in range(first_task, last_task):
-        b, block = task // blocks, task % blocks
-        start, stop = block * _BLOCK, min(count, block * _BLOCK + _BLOCK)
+        b, band = task // bands, task % bands
+        top = band * rows
+        bottom = min(top + rows, height)
+        for c in range(channels):
+            _lines(inputs[b, c], top, bottom, lines[c])
+        around[:] = 0
+        own[:] = 0
         for o in range(outputs):
-            own = gradient[b, o, start:stop]
-            for c in range(channels):
-                for s in range(len(shifts)):
-                    parts[b, block, o, c, s] = _dot(own, flat[b, c, start + shifts[s] : stop + shifts[s]])
+            for y in range(max(top - 2, 0), min(bottom + 2, height)):
+                start = (y - top + 2) * wide + 2
+                around[o, start : start + width] = gradient[b, o, y]
+            for y in range(top, bottom):
+                own[o, (y - top) * stride : (y - top) * stride + width] = gradient[b, o, y]
+            to_biases[b, band, o] = own[o].sum()
+        _dots_of_neighbours(own, lines, to_weights[b, band], stride)
+
+        # What padded inputs give to the outputs around them: padded rows top - 1 to bottom, of which those beyond the
+        # plane's edges belong to its outermost rows
+        for c in range(channels):
+            for o in range(outputs):
+                for s in range(9):
+                    backwards[c, o, s] = weights[b, o, c, 8 - s]
+        sums[:] = 0
+        for c in range(0, channels, 2):
+            for o in range(outputs):
+                other = backwards[min(c + 1, channels - 1), o]
+                _add_neighbours(sums[c], sums[c + 1], backwards[c, o], other, around[o], 0, wide)
+        for c in range(channels):
+            to_inputs[b, c, top:bottom] = 0
+            first = top - 1 if top == 0 else top
+            last = bottom + 1 if bottom == height else bottom
+            for y in range(first, last):
+                start = (y - top + 1) * wide
+                source, target = sums[c, start : start + width + 2], to_inputs[b, c, min(max(y, 0), height - 1)]
+                for x in range(width):
+                    target[x] += source[x + 1]
+                target[0] += source[0]
+                target[width - 1] += source[width + 1]
 
 
 @_compiled
-def _fold(first_task: int, last_task: int, padded: np.ndarray, result: np.ndarray, margin: int) -> None:
-    _, channels, rows, _ = padded.shape
-    height, width = result.shape[2:]
-    for task in range(first_task, last_task):
-        b, c = task // channels, task % channels
-        for y in range(rows):
-            source, target = padded[b, c, y], result[b, c, min(max(y - margin, 0), height - 1)]
-            for x in range(width):
-                target[x] += source[margin + x]
-            for x in range(margin):
-                target[0] += source[x]
-                target[width - 1] += source[margin + width + x]
+def _dots_of_neighbours(own: np.ndarray, lines: np.ndarray, result: np.ndarray, stride: int) -> None:
+    """result[(o * len(lines) + c) * 9 + s] = the sum of own[o] times lines[c] from the s-th of 3x3 places on."""
+    outputs, n = own.shape
+    channels = len(lines)
+    for o in range(0, outputs, 2):
+        a, b = own[o], own[min(o + 1, outputs - 1)]
+        for c in range(channels):
+            for s in range(0, 9, 3):
+                start = s // 3 * stride
+                row_u, row_v = lines[c, start : start + n], lines[c, start + 1 : start + 1 + n]
+                row_w = lines[c, start + 2 : start + 2 + n]
+                au = av = aw = bu = bv = bw = np.float32(0)
+                for i in range(n):
+                    x, y, u, v, w = a[i], b[i], row_u[i], row_v[i], row_w[i]
+                    au += x * u
+                    av += x * v
+                    aw += x * w
+                    bu += y * u
+                    bv += y * v
+                    bw += y * w
+                place = (o * channels + c) * 9 + s
+                result[place], result[place + 1], result[place + 2] = au, av, aw
+                if o + 1 < outputs:
+                    place += channels * 9
+                    result[place], result[place + 1], result[place + 2] = bu, bv, bw
 
 
 @_compiled
@@ -458,71 +689,149 @@ def _neighbour(place: int, tap: int, last: int) -> int:
 
 
 @_compiled
-def _double(first_task: int, last_task: int, inputs: np.ndarray, taps: np.ndarray, result: np.ndarray) -> None:
-    _, channels, _, narrow = inputs.shape
-    height, width = result.shape[2:]
-    for task in range(first_task, last_task):
-        b, c = task // channels, task % channels
-        tall = _tall(inputs[b, c], taps[b], height)
-        t0, t1, t2, t3 = taps[b, 0], taps[b, 1], taps[b, 2], taps[b, 3]
-        line = np.empty(narrow + 4, np.float32)
-        for y in range(height):
-            _continue(tall[y], line)
-            row = result[b, c, y]
-            for x in range((width + 1) // 2):
-                row[2 * x] = t0 * line[x] + t1 * line[x + 1] + t2 * line[x + 2] + t3 * line[x + 3]
-            for x in range(width // 2):
-                row[2 * x + 1] = t0 * line[x + 4] + t1 * line[x + 3] + t2 * line[x + 2] + t3 * line[x + 1]
+def _double(plane: np.ndarray, taps: np.ndarray, result: np.ndarray) -> None:
+    """A plane (h, w) upsampled by 2, cut to the size of `result`."""
+    height, width = result.shape
+    narrow = plane.shape[1]
+    tall = _tall(plane, taps, height)
+    t0, t1, t2, t3 = taps[0], taps[1], taps[2], taps[3]
+    line = np.empty(narrow + 4, np.float32)
+    for y in range(height):
+        _continue(tall[y], line)
+        row = result[y]
+        for x in range((width + 1) // 2):
+            row[2 * x] = t0 * line[x] + t1 * line[x + 1] + t2 * line[x + 2] + t3 * line[x + 3]
+        for x in range(width // 2):
+            row[2 * x + 1] = t0 * line[x + 4] + t1 * line[x + 3] + t2 * line[x + 2] + t3 * line[x + 1]
 
 
 @_compiled
 def _double_backward(
+    gradient: np.ndarray, plane: np.ndarray, taps: np.ndarray, to_plane: np.ndarray, to_taps: np.ndarray
+) -> None:
+    """The gradient of `_double` by its result, added to those by plane and taps."""
+    height, width = gradient.shape
+    short, narrow = plane.shape
+    tall = _tall(plane, taps, height)
+    t0, t1, t2, t3 = taps[0], taps[1], taps[2], taps[3]
+    line, to_line = np.empty(narrow + 4, np.float32), np.empty(narrow + 4, np.float32)
+    even, odd = np.zeros(narrow, np.float32), np.zeros(narrow, np.float32)
+    for y in range(height):
+        _continue(tall[y], line)
+        row = gradient[y]
+        for x in range((width + 1) // 2):
+            even[x] = row[2 * x]
+        for x in range(width // 2):
+            odd[x] = row[2 * x + 1]
+        to_taps[0] += _dot(even, line[:narrow]) + _dot(odd, line[4:])
+        to_taps[1] += _dot(even, line[1 : narrow + 1]) + _dot(odd, line[3 : narrow + 3])
+        to_taps[2] += _dot(even, line[2 : narrow + 2]) + _dot(odd, line[2 : narrow + 2])
+        to_taps[3] += _dot(even, line[3 : narrow + 3]) + _dot(odd, line[1 : narrow + 1])
+        to_line[:] = 0
+        for x in range(narrow):
+            to_line[x] += t0 * even[x]
+        for x in range(narrow):
+            to_line[x + 1] += t1 * even[x] + t3 * odd[x]
+        for x in range(narrow):
+            to_line[x + 2] += t2 * (even[x] + odd[x])
+        for x in range(narrow):
+            to_line[x + 3] += t3 * even[x] + t1 * odd[x]
+        for x in range(narrow):
+            to_line[x + 4] += t0 * odd[x]
+        to_line[2] += to_line[0] + to_line[1]
+        to_line[narrow + 1] += to_line[narrow + 2] + to_line[narrow + 3]
+        for tap in range(4):
+            place, weight = _neighbour(y, tap, short - 1), taps[tap]
+            target, source = to_plane[place], plane[place]
+            total = np.float32(0)
+            for x in range(narrow):
+                target[x] += weight * to_line[x + 2]
+                total += to_line[x + 2] * source[x]
+            to_taps[tap] += total
+
+
+@_compiled
+def _plane(between: np.ndarray, level: int, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    height, width = sizes[level]
+    return between[offsets[level] : offsets[level] + height * width].reshape((height, width))
+
+
+@_compiled
+def _upsample(
+    first_task: int,
+    last_task: int,
+    canvas: np.ndarray,
+    taps: np.ndarray,
+    between: np.ndarray,
+    outputs: np.ndarray,
+    planes: np.ndarray,
+    sizes: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    count = len(planes)
+    margin = canvas.shape[2] - outputs.shape[3]
+    for task in range(first_task, last_task):
+        b, p = task // count, task % count
+        level, top = planes[p]
+        height, width = sizes[level]
+        grid = canvas[b, top : top + height, margin : margin + width]
+        if level == 0:
+            outputs[b, p] = grid
+            continue
+        plane = _plane(between[b, p], level, sizes, offsets)
+        plane[:] = grid
+        for finer in range(level - 1, 0, -1):
+            wide = _plane(between[b, p], finer, sizes, offsets)
+            _double(plane, taps[b, finer], wide)
+            plane = wide
+        _double(plane, taps[b, 0], outputs[b, p])
+
+
+@_compiled
+def _upsample_backward(
     first_task: int,
     last_task: int,
     gradient: np.ndarray,
-    inputs: np.ndarray,
     taps: np.ndarray,
-    to_inputs: np.ndarray,
+    between: np.ndarray,
+    to_canvas: np.ndarray,
     to_taps: np.ndarray,
+    planes: np.ndarray,
+    sizes: np.ndarray,
+    offsets: np.ndarray,
 ) -> None:
-    _, channels, short, narrow = inputs.shape
-    height, width = gradient.shape[2:]
+    count = len(planes)
+    margin = to_canvas.shape[2] - gradient.shape[3]
     for task in range(first_task, last_task):
-        b, c = task // channels, task % channels
-        tall = _tall(inputs[b, c], taps[b], height)
-        t0, t1, t2, t3 = taps[b, 0], taps[b, 1], taps[b, 2], taps[b, 3]
-        own = to_taps[b, c]
-        line, to_line = np.empty(narrow + 4, np.float32), np.empty(narrow + 4, np.float32)
-        even, odd = np.zeros(narrow, np.float32), np.zeros(narrow, np.float32)
-        for y in range(height):
-            _continue(tall[y], line)
-            row = gradient[b, c, y]
-            for x in range((width + 1) // 2):
-                even[x] = row[2 * x]
-            for x in range(width // 2):
-                odd[x] = row[2 * x + 1]
-            own[0] += _dot(even, line[:narrow]) + _dot(odd, line[4:])
-            own[1] += _dot(even, line[1 : narrow + 1]) + _dot(odd, line[3 : narrow + 3])
-            own[2] += _dot(even, line[2 : narrow + 2]) + _dot(odd, line[2 : narrow + 2])
-            own[3] += _dot(even, line[3 : narrow + 3]) + _dot(odd, line[1 : narrow + 1])
-            to_line[:] = 0
-            for x in range(narrow):
-                to_line[x] += t0 * even[x]
-            for x in range(narrow):
-                to_line[x + 1] += t1 * even[x] + t3 * odd[x]
-            for x in range(narrow):
-                to_line[x + 2] += t2 * (even[x] + odd[x])
-            for x in range(narrow):
-                to_line[x + 3] += t3 * even[x] + t1 * odd[x]
-            for x in range(narrow):
-                to_line[x + 4] += t0 * odd[x]
-            to_line[2] += to_line[0] + to_line[1]
-            to_line[narrow + 1] += to_line[narrow + 2] + to_line[narrow + 3]
-            for tap in range(4):
-                place, weight = _neighbour(y, tap, short - 1), taps[b, tap]
-                target, source = to_inputs[b, c, place], inputs[b, c, place]
-                total = np.float32(0)
-                for x in range(narrow):
-                    target[x] += weight * to_line[x + 2]
-                    total += to_line[x + 2] * source[x]
-                own[tap] += total
+        b, p = task // count, task % count
+        level, top = planes[p]
+        height, width = sizes[level]
+        own = gradient[b, p]
+        for coarser in range(1, level + 1):
+            plane = _plane(between[b, p], coarser, sizes, offsets)
+            to_plane = np.zeros(plane.shape, np.float32)
+            _double_backward(own, plane, taps[b, coarser - 1], to_plane, to_taps[b, p, coarser - 1])
+            own = to_plane
+        to_canvas[b, top : top + height, margin : margin + width] += own
+
+
+@_compiled
+def _adam_step(
+    first_task: int,
+    last_task: int,
+    values: np.ndarray,
+    gradient: np.ndarray,
+    means: np.ndarray,
+    squares: np.ndarray,
+    numbers: np.ndarray,
+) -> None:
+    start, stop = first_task * _BLOCK, min(len(values), last_task * _BLOCK)
+    x, g, m, v = values[start:stop], gradient[start:stop], means[start:stop], squares[start:stop]
+    decay, slow_decay, rate, epsilon = numbers[0], numbers[1], numbers[2], numbers[3]
+    one = np.float32(1)
+    for i in range(len(x)):
+        m[i] = decay * m[i] + (one - decay) * g[i]
+    for i in range(len(x)):
+        v[i] = slow_decay * v[i] + (one - slow_decay) * g[i] * g[i]
+    for i in range(len(x)):
+        x[i] -= rate * m[i] / (np.sqrt(v[i]) + epsilon)

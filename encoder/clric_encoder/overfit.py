@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,13 +16,12 @@ from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
 from .canvas import Canvas
-from .function import GridBits, Networks, Packing, Synthesis, function_threads
+from .function import GridBits, Networks, Packing, adam_step, add_gradients, function_threads
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
 from .rate import RateControl, principal_step
 
-BETAS = (0.9, 0.99)  # of Adam
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
 CONTROL_EVERY = 10  # iterations between two corrections of lambda, for a target
 LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a target
@@ -130,8 +131,43 @@ def overfit(
     A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
     same arguments give the same functions on the same CPU, versions and number of threads.
     """
-    with function_threads():
-        return _overfit(latents, lmbdas, pixels, preset, targets, seed, device, report)
+    threads = torch.get_num_threads()
+    parts = min(threads, len(latents)) if device == "cpu" else 1
+
+    def train(part: int, report: Report | None) -> list[Function]:
+        own = list(range(len(latents) * part // parts, len(latents) * (part + 1) // parts))
+        with function_threads(threads // parts):
+            return _overfit(
+                latents[own],
+                [lmbdas[i] for i in own],
+                [pixels[i] for i in own],
+                preset,
+                targets and targets.pick(own),
+                seed,
+                device,
+                report,
+            )
+
+    # Threads have the fewest occasions to wait for each other if each trains functions of its own. This one reports.
+    stopped = threading.Event()
+
+    def stop(progress: Progress) -> None:
+        if stopped.is_set():
+            raise _Stopped
+
+    with ThreadPoolExecutor(max(1, parts - 1)) as pool:
+        others = [pool.submit(train, part, stop) for part in range(1, parts)]
+        try:
+            functions = train(0, report)
+            for other in others:
+                functions += other.result()
+        finally:
+            stopped.set()
+    return functions
+
+
+class _Stopped(Exception):
+    """Another part of the batch failed, or the user has had enough."""
 
 
 def _overfit(
@@ -292,29 +328,26 @@ class _Trainer:
                 temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
                 rounded, slope = soft_round_with_noise(state.canvas, noise.draw(), temperature, sigma)
             rounded *= self.layout.mask
-            grid_bits = GridBits(rounded, networks, self.architecture, self.layout, prices)
-            synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
-            errors = synthesis.latents - targets
-            distortions = errors.square().mean((1, 2, 3))
-
             torch.mul(self.packing.bits_gradient(state.vectors), prices[:, None], out=to_vectors)
             to_canvas.zero_()
-            grid_bits.backward(to_networks, to_canvas)
-            synthesis.backward(errors.mul_(2 / errors[0].numel()), to_networks, to_canvas)
+            distortions, bits = add_gradients(
+                rounded, networks, self.architecture, self.layout, targets, prices, to_networks, to_canvas
+            )
             to_canvas *= self.layout.mask
             if slope is not None:
                 to_canvas *= slope
             state.steps += 1
-            _adam(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
+            adam_step(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
             if not stage.fixed:
-                _adam(state.vectors, to_vectors, state.moments[2:], state.steps, _cosine(stage.network_rate, position))
+                rate = _cosine(stage.network_rate, position)
+                adam_step(state.vectors, to_vectors, state.moments[2:], state.steps, rate)
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
-                state.losses = (distortions + prices * grid_bits.bits).cpu()
+                state.losses = (distortions + prices * bits).cpu()
                 self.last = Progress(
                     name,
                     min(self.done + (iteration + 1) * self.share(state), self.preset.iterations),
                     self.preset.iterations,
-                    (grid_bits.bits / pixels).mean().item(),
+                    (bits / pixels).mean().item(),
                     distortions.mean().item(),
                 )
                 self.report(self.last)
@@ -392,15 +425,6 @@ class _Noise:
         """(batch, *shape)."""
         start = self._random.randrange((self.POOL - 1) * self._shape.numel())
         return self._pool[:, start : start + self._shape.numel()].unflatten(1, self._shape)
-
-
-def _adam(values: torch.Tensor, gradient: torch.Tensor, moments: list[torch.Tensor], steps: int, rate: float) -> None:
-    """One step of Adam (Kingma and Ba, 2015), in place."""
-    mean, square = moments
-    mean.lerp_(gradient, 1 - BETAS[0])
-    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    scale = math.sqrt(1 - BETAS[1] ** steps)
-    values.addcdiv_(mean, square.sqrt().add_(1e-8 * scale), value=-rate * scale / (1 - BETAS[0] ** steps))
 
 
 def _cosine(rates: tuple[float, float], position: float) -> float:

@@ -51,17 +51,20 @@ def quantize_networks(
     def costs(trials: list[Parameters]) -> np.ndarray:
         """What the group itself and the grids (for the ARM) or the latent (for the rest) cost, (batch,)."""
         group = trials[0].group
-        own = prices * [GROUP_BITS + integer_bits(trial.integers).sum() for trial in trials]
+        own = prices * [GROUP_BITS + integer_bits(trial.integers) for trial in trials]
         values = {**current, **as_networks([[trial] for trial in trials], canvas.device)}
         if group.name.startswith("arm") or group.name == "grid_scales":
             return own + prices * GridBits(canvas, values, architecture, layout).bits.cpu().double().numpy()
-        errors = Synthesis(canvas, values, architecture, layout).latents - latents
+        layer = int(group.name[-1]) if group.name.startswith("synthesis.weight") else 0
+        like = None if group.name == "upsampler" else synthesis
+        errors = Synthesis(canvas, values, architecture, layout, like, layer).latents - latents
         return own + errors.square().mean((1, 2, 3)).cpu().double().numpy()
 
     quantized: list[list[Parameters]] = []
     for refine in (False, True) if refined else (False,):
         for number, group in enumerate(parameter_groups(architecture)):
             tick()
+            synthesis = Synthesis(canvas, current, architecture, layout)
             if refine:
                 quantized[number] = _shrink(quantized[number], costs)
             else:

@@ -130,10 +130,10 @@ def test_the_number_of_threads_changes_nothing() -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        with function.function_threads():
+        with function.function_threads(threads):
             assert torch.get_num_threads() == 1
             to_canvas, to_vectors = torch.zeros_like(canvas), torch.zeros(3, len(packing.defaults))
-            grid_bits = GridBits(canvas, networks, architecture, layout)
+            grid_bits = GridBits(canvas, networks, architecture, layout, torch.ones(3))
             grid_bits.backward(packing.split(to_vectors), to_canvas)
             synthesis = Synthesis(canvas, networks, architecture, layout)
             synthesis.backward(synthesis.latents, packing.split(to_vectors), to_canvas)
