@@ -215,7 +215,7 @@ class _Convolved:
         batch, outputs, height, width = gradient.shape
         weight, margin = self._weight, self._margin
         gradient = gradient.reshape(len(weight), -1, height, width)
-        flat = F.pad(gradient, (0, 2 * margin)).flatten(2)
+        flat = (F.pad(gradient, (0, 2 * margin)) if margin else gradient).flatten(2)
         to_weight = torch.bmm(flat, _shifted(self._flat, self._shifts, flat.shape[2]).transpose(1, 2))
         to_weight = to_weight.view(batch, outputs, *weight.shape[2:])
         to_bias = flat.sum(2).view(batch, outputs)
