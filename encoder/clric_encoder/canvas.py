@@ -13,7 +13,6 @@ wherever it is in the flattened canvas, and values outside of a grid are zeros a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -76,13 +75,6 @@ class Canvas:
             block = block.view(len(canvas), channels, REACH + height, self.stride)
             grids.append(block[:, :, REACH:, REACH : REACH + width])
         return grids
-
-    def join(self, grids: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `split`, with zeros everywhere else."""
-        canvas = grids[0].new_zeros(len(grids[0]), self.rows, self.stride)
-        for place, grid in zip(self.split(canvas), grids, strict=True):
-            place.copy_(grid)
-        return canvas
 
     def span(self, levels: range) -> slice:
         """The part of the flattened canvas that the planes of these levels take."""

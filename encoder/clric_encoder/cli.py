@@ -19,7 +19,8 @@ from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, print_error, run_command
 
-from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
+from .presets import PRESETS
+from .rate import Rate, choose_rate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,12 +101,10 @@ def command(
     IMAGE may be - for standard input. Several images of one size are trained together, in less time for each; those
     whose stream is newer than they are left as they are, so that a run that was stopped goes on.
     """
-    if sum(value is not None for value in (quality, lmbda, bpp, size)) > 1:
-        raise click.UsageError("--quality, --lambda, --bpp and --bytes are names for one thing: give one of them")
-    if lmbda is not None and not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:  # not click.FloatRange, which takes nan
-        raise click.UsageError(f"--lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
-    if bpp is not None and not 0 < bpp <= 100:
-        raise click.UsageError(f"--bpp is {bpp:g}; it must be above 0 and at most 100")
+    try:
+        rate = choose_rate(lmbda, quality, size, bpp)
+    except ClricError as error:
+        raise click.UsageError(str(error)) from None
     places = choose_outputs(images, output, ".clric")
     if json and STANDARD in places:
         raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
@@ -119,7 +118,7 @@ def command(
             )
         jobs = stale
     with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
-        batches = _Batches((lmbda, quality, size, bpp), vae, preset, device, seed, models, json, quiet, view)
+        batches = _Batches(rate, vae, preset, device, seed, models, json, quiet, view)
         try:
             for source, place in jobs:
                 batches.add(source, place)
@@ -157,10 +156,10 @@ class _Waiting:
 class _Batches:
     """Reads images, and encodes those of one latent size together.
 
-    rate: lambda, quality, size and bpp, of which one at most is given. failures: images with what is wrong with them.
+    failures: images with what is wrong with them.
     """
 
-    rate: tuple[float | None, float | None, int | None, float | None]
+    rate: Rate
     vae: str
     preset: str
     device: str
@@ -208,7 +207,7 @@ class _Batches:
     def _encode(self, group: list[_Waiting]) -> None:
         import numpy as np
 
-        from .encoding import choose_rate, encode_latents, find_device
+        from .encoding import encode_latents, find_device
 
         assert self._encoder is not None
         results: list[Encoded] = []
@@ -218,7 +217,7 @@ class _Batches:
                     np.stack([image.latent for image in group]),
                     [(image.width, image.height) for image in group],
                     self._encoder.space,
-                    choose_rate(*self.rate),
+                    self.rate,
                     preset=self.preset,
                     device=find_device(self.device),
                     seed=self.seed,

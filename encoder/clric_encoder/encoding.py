@@ -17,61 +17,16 @@ from clric_decoder.models import LATENT_SPACES
 from clric_decoder.synthesis import synthesize
 
 from .autoencoder import load_encoder
+from .control import LEAST
 from .overfit import Function, Report, Targets, overfit
-from .presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS, Preset
-from .rate import LEAST
+from .presets import PRESETS, Preset
+from .rate import Rate, choose_rate
 
-DEFAULT_QUALITY = 50.0
-ONE_RATE = "lambda, quality, bytes and bpp are names for one thing; give one of them"
 MAX_LATENT = 1e4  # real ones have a deviation near 1
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 
 # More grid values at once gain nothing on a CPU; a GPU takes what its memory holds at so many bytes a value.
 CPU_VALUES, VALUE_BYTES = 250_000, 1000
-
-
-def quality_to_lambda(quality: float) -> float:
-    """Lambda of a quality from 0 to 100: 0.5 at 50, a tenth of it 40 points higher."""
-    if not 0 <= quality <= 100:
-        raise ClricError(f"quality {quality:g} is not within 0 to 100")
-    return 0.5 * 10 ** ((50 - quality) / 40)
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What decides how large a file becomes: lambda, the weight of the rate, or a size. One of the three is given.
-
-    lmbda: of the loss latent MSE + lmbda * bpp. size: bytes. bpp: bits per pixel of the image.
-    """
-
-    lmbda: float | None = None
-    size: int | None = None
-    bpp: float | None = None
-
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.lmbda, self.size, self.bpp)) != 1:
-            raise ClricError(ONE_RATE)
-        if self.lmbda is not None and not MIN_LAMBDA <= self.lmbda <= MAX_LAMBDA:
-            raise ClricError(f"lambda is {self.lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
-        if self.size is not None and self.size < 1:
-            raise ClricError(f"a file of {self.size} bytes cannot be; name at least 1")
-        if self.bpp is not None and not 0 < self.bpp <= 100:
-            raise ClricError(f"{self.bpp:g} bpp cannot be; it must be above 0 and at most 100")
-
-    def bytes(self, pixels: int) -> int | None:
-        """The largest file that was asked for, if a size was."""
-        return self.size if self.bpp is None else max(1, int(self.bpp * pixels / 8))
-
-
-def choose_rate(lmbda: float | None, quality: float | None, size: int | None, bpp: float | None) -> Rate:
-    """The rate that at most one of these names; raises ClricError for more than one, and for what is out of range."""
-    if quality is None and (lmbda, size, bpp) == (None, None, None):
-        quality = DEFAULT_QUALITY
-    if quality is not None and (lmbda, size, bpp) == (None, None, None):
-        return Rate(quality_to_lambda(quality))
-    if quality is not None:
-        raise ClricError(ONE_RATE)
-    return Rate(lmbda, size, bpp)
 
 
 @dataclass(frozen=True)

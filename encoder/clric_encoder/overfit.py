@@ -16,11 +16,11 @@ from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
 from .canvas import Canvas
+from .control import RateControl, principal_step
 from .function import GridBits, Networks, Packing, adam_step, add_gradients, function_threads
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
-from .rate import RateControl, principal_step
 
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
 CONTROL_EVERY = 10  # iterations between two corrections of lambda, for a target

@@ -8,8 +8,6 @@ from typing import Literal
 
 from clric_decoder.bitstream import Architecture, SynthesisLayer
 
-MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -1,138 +1,55 @@
-"""Rate control: lambda moves while a function is trained, so that its file comes to a size that was asked for."""
+"""How large a file is to become, as a user says it. Without torch: commands answer mistakes at once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from clric_decoder.networks import Parameters, encode_networks
+from clric_decoder.errors import ClricError
 
-# A file may have this share of its target at least, and aims at a little less than all of it.
-LEAST, GOAL = 0.97, 0.987
-
-# Between these lambda moves: below, distortion is beyond what a VAE shows; above, grids are empty.
-LOWEST, HIGHEST = 2e-3, 1e3
-
-# By what power of lambda bits fall, about, and in what share of a stage they follow.
-ELASTICITY, RESPONSE = 0.55, 0.12
-
-# What grids cost more, in the course of a stage, than they will at its end: exp(EXCESS * exp(-DECAY * position)), as
-# measured at constant lambda. The first tenth says too little to act on, and the last third follows too slowly.
-EXCESS, DECAY, FIRST, LAST = 0.57, 5.7, 0.1, 0.7
-
-# In the few iterations that correct a file's size, lambda has this many times less power.
-WEAKNESS = 5
-
-# What is known before the networks are quantised: header and table of segments, and a parameter's bits.
-HEADER_BITS, PARAMETER_BITS, OTHERS_SHARE = 8 * 22, 4.2, 0.5
-
-# The bits of trained grids as a power of the entropy of residuals (`_estimated_bits`): fitted to four Kodak images at
-# three lambdas, where it is within 6 %.
-ESTIMATE_FACTOR, ESTIMATE_POWER, ESTIMATE_STEP = 0.89, 1.024, 1.7
+DEFAULT_QUALITY = 50.0
+MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
+ONE_RATE = "lambda, quality, bytes and bpp are names for one thing; give one of them"
 
 
-class RateControl:
-    """The lambdas of a batch of functions, each with a target: bytes of its file."""
-
-    def __init__(self, sizes: Sequence[int], others: torch.Tensor | None = None) -> None:
-        """others: (batch,), bits of all but the grids, where that is known."""
-        self._sizes, self._others = np.array(sizes), others
-
-    def first_lambdas(self, latents: torch.Tensor, pixels: torch.Tensor, parameters: int) -> torch.Tensor:
-        """Where to start, (batch,). latents: (batch, C, h, w). pixels: (batch,), of the images."""
-        if self._others is None:
-            known = torch.full((len(latents),), HEADER_BITS + PARAMETER_BITS * parameters, device=latents.device)
-            # Small files have small networks: what is not worth its bits is left at its default
-            self._others = torch.minimum(known, OTHERS_SHARE * self._goals(known))
-        lambdas = np.geomspace(LOWEST, HIGHEST, 60)
-        result = []
-        for latent, count, goal in zip(latents.cpu(), pixels.tolist(), self._grid_goals().tolist(), strict=True):
-            residuals = _residuals(latent)
-            bits = [_estimated_bits(residuals, principal_step(lmbda, latent.numel(), count)) for lmbda in lambdas]
-            result.append(np.interp(-math.log(goal), -np.log(np.array(bits) + 1), np.log(lambdas)))
-        return torch.tensor(result, dtype=torch.float32).exp().to(latents.device)
-
-    def next_lambdas(
-        self, lambdas: torch.Tensor, bits: torch.Tensor, owners: list[int], position: float, share: float
-    ) -> torch.Tensor:
-        """In the course of a stage.
-
-        bits: (batch,), what the grids would cost if they were rounded now. position: in the stage, 0 to 1. share: the
-        part of the stage since lambda moved last.
-        """
-        if not FIRST <= position <= LAST:
-            return lambdas
-        final = bits * math.exp(-EXCESS * math.exp(-DECAY * position))
-        excess = torch.log((final + 1) / self._grid_goals()[owners]).clamp(-1, 1)
-        return (lambdas * torch.exp(excess * (share / RESPONSE / ELASTICITY))).clamp(LOWEST, HIGHEST)
-
-    def know_networks(self, networks: Sequence[list[Parameters]]) -> None:
-        """What the networks cost, about: more is saved on them in the end."""
-        assert self._others is not None
-        self._others = _other_bits(networks).to(self._others)
-
-    def restart(self, indices: list[int], networks: Sequence[list[Parameters]]) -> RateControl:
-        """For some of the functions, from the start, with what is known of their networks.
-
-        These follow lambda: the mean of what was expected and what they came to is between two misses.
-        """
-        assert self._others is not None
-        expected = self._others[indices]
-        return RateControl(self._sizes[indices].tolist(), (expected + _other_bits(networks).to(expected)) / 2)
-
-    def missed(self, sizes: Sequence[int], lambdas: torch.Tensor) -> list[int]:
-        """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""
-        shares = np.array(sizes) / self._sizes
-        limits = lambdas.cpu().numpy()
-        wrong = ((shares > 1) & (limits < HIGHEST)) | ((shares < LEAST) & (limits > LOWEST))
-        return np.flatnonzero(wrong).tolist()
-
-    def last_lambdas(self, lambdas: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Lambdas for files that have these sizes in bytes, to be trained a little further."""
-        excess = torch.from_numpy(np.log(np.array(sizes) / (GOAL * self._sizes))).to(lambdas)
-        return (lambdas * torch.exp((excess * (WEAKNESS / ELASTICITY)).clamp(-1, 1))).clamp(LOWEST, HIGHEST)
-
-    def _goals(self, like: torch.Tensor) -> torch.Tensor:
-        return 8 * GOAL * torch.from_numpy(self._sizes).to(like)
-
-    def _grid_goals(self) -> torch.Tensor:
-        assert self._others is not None
-        goals = self._goals(self._others)
-        return torch.maximum(goals - self._others, 0.1 * goals)
+def quality_to_lambda(quality: float) -> float:
+    """Lambda of a quality from 0 to 100: 0.5 at 50, a tenth of it 40 points higher."""
+    if not 0 <= quality <= 100:
+        raise ClricError(f"quality {quality:g} is not within 0 to 100")
+    return 0.5 * 10 ** ((50 - quality) / 40)
 
 
-def principal_step(lmbda: float, values: int, pixels: int) -> float:
-    """The step between integers that uniform quantisation at high rate would choose.
+@dataclass(frozen=True)
+class Rate:
+    """What decides how large a file becomes: lambda, the weight of the rate, or a size. One of the three is given.
 
-    A step s costs s^2 / 12 in distortion and saves log2(s) bits a value, so that s^2 = 6 lambda values / (pixels ln 2).
+    lmbda: of the loss latent MSE + lmbda * bpp. size: bytes. bpp: bits per pixel of the image.
     """
-    return math.sqrt(6 * lmbda * values / (pixels * math.log(2)))
+
+    lmbda: float | None = None
+    size: int | None = None
+    bpp: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.lmbda, self.size, self.bpp)) != 1:
+            raise ClricError(ONE_RATE)
+        if self.lmbda is not None and not MIN_LAMBDA <= self.lmbda <= MAX_LAMBDA:
+            raise ClricError(f"lambda is {self.lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+        if self.size is not None and self.size < 1:
+            raise ClricError(f"a file of {self.size} bytes cannot be; name at least 1")
+        if self.bpp is not None and not 0 < self.bpp <= 100:
+            raise ClricError(f"{self.bpp:g} bpp cannot be; it must be above 0 and at most 100")
+
+    def bytes(self, pixels: int) -> int | None:
+        """The largest file that was asked for, if a size was."""
+        return self.size if self.bpp is None else max(1, int(self.bpp * pixels / 8))
 
 
-def _other_bits(networks: Sequence[list[Parameters]]) -> torch.Tensor:
-    """What files cost besides their grids, (batch,)."""
-    return torch.tensor([HEADER_BITS + 8.0 * len(encode_networks(parameters)) for parameters in networks])
-
-
-def _residuals(latent: torch.Tensor) -> torch.Tensor:
-    """The principal components of a latent (C, h, w) without the mean of their left and upper neighbours."""
-    flat = latent.flatten(1)
-    flat = flat - flat.mean(1, keepdim=True)
-    components = (torch.linalg.eigh((flat @ flat.T).double()).eigenvectors.float().T @ flat).view_as(latent)
-    padded = F.pad(components, (1, 0, 1, 0), mode="replicate")
-    return components - (padded[:, 1:, :-1] + padded[:, :-1, 1:]) / 2
-
-
-def _estimated_bits(residuals: torch.Tensor, step: float) -> float:
-    """What the grids of a latent will cost, about.
-
-    The entropy of its residuals, quantised with more than the step of the start (small values train to zero), a
-    two-sided geometric distribution for each component.
-    """
-    mean = (residuals / (ESTIMATE_STEP * step)).round().abs().mean((1, 2)).double().clamp_min(1e-6)
-    ratio = mean / (1 + (1 + mean * mean).sqrt())
-    entropy = torch.log2((1 + ratio) / (1 - ratio)) - mean * torch.log2(ratio)
-    return float(ESTIMATE_FACTOR * (residuals[0].numel() * entropy.sum()) ** ESTIMATE_POWER)
+def choose_rate(lmbda: float | None, quality: float | None, size: int | None, bpp: float | None) -> Rate:
+    """The rate that at most one of these names; raises ClricError for more than one, and for what is out of range."""
+    if quality is None and (lmbda, size, bpp) == (None, None, None):
+        quality = DEFAULT_QUALITY
+    if quality is not None and (lmbda, size, bpp) == (None, None, None):
+        return Rate(quality_to_lambda(quality))
+    if quality is not None:
+        raise ClricError(ONE_RATE)
+    return Rate(lmbda, size, bpp)

@@ -10,10 +10,11 @@ from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode, encode_latent, function
 from clric_encoder.canvas import Canvas
-from clric_encoder.encoding import Rate, encode_latents, quality_to_lambda
+from clric_encoder.encoding import encode_latents
 from clric_encoder.function import Packing
 from clric_encoder.parameters import quantize_networks
 from clric_encoder.presets import PRESETS
+from clric_encoder.rate import Rate, quality_to_lambda
 
 CPU = torch.device("cpu")
 
@@ -91,7 +92,7 @@ def test_networks_are_quantised_in_a_batch_as_one_by_one() -> None:
     architecture = PRESETS["default"].architecture(4)
     layout, packing = Canvas(architecture, 12, 16, CPU), Packing(architecture, CPU)
     torch.manual_seed(0)
-    canvas = layout.join([2 * torch.randn(3, *shape) for shape in layout.shapes]).round()
+    canvas = (2 * torch.randn(3, layout.rows, layout.stride)).round() * layout.mask
     scales = torch.tensor([0.01, 0.3, 3.0])[:, None]
     networks = packing.split(packing.defaults + scales * 0.1 * torch.randn(3, len(packing.defaults)))
     latents, weights = torch.randn(3, 4, 12, 16), torch.tensor([1e-3, 1e-4, 1e-5])

@@ -13,7 +13,8 @@ import click
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.terminal import print_error, run_command
 
-from ..presets import MAX_LAMBDA, MIN_LAMBDA, PRESETS
+from ..presets import PRESETS
+from ..rate import Rate
 from .codecs import CODECS, make_codecs
 from .measure import list_images
 
@@ -76,8 +77,10 @@ def run_bench(
     What the output folder holds already is not measured again: a run that was stopped goes on where it was.
     """
     for lmbda in lambdas:
-        if not MIN_LAMBDA <= lmbda <= MAX_LAMBDA:  # not click.FloatRange, which takes nan
-            raise click.UsageError(f"--lambda is {lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+        try:
+            Rate(lmbda)
+        except ClricError as error:
+            raise click.UsageError(str(error)) from None
 
     def work() -> bool:
         found = list_images(images)

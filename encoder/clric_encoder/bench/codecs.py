@@ -173,7 +173,7 @@ def _clric_codecs(vae: str, presets: Sequence[str], lambdas: Sequence[float], mo
 def _training_seconds(preset: str) -> float:
     from ..presets import PRESETS
 
-    return 3 + 0.015 * PRESETS[preset].iterations
+    return 3 + 0.005 * PRESETS[preset].iterations
 
 
 def _source_hash() -> str:
