@@ -16,6 +16,9 @@ LEAST, GOAL = 0.97, 0.987
 # Between these lambda moves: below, distortion is beyond what a VAE shows; above, grids are empty.
 LOWEST, HIGHEST = 2e-3, 1e3
 
+# The start is the same for all lambdas below.
+FINEST = 1e-4
+
 # By what power of lambda bits fall, about, and in what share of a stage they follow.
 ELASTICITY, RESPONSE = 0.55, 0.12
 
@@ -108,8 +111,9 @@ def principal_step(lmbda: float, values: int, pixels: int) -> float:
     """The step between integers that uniform quantisation at high rate would choose.
 
     A step s costs s^2 / 12 in distortion and saves log2(s) bits a value, so that s^2 = 6 lambda values / (pixels ln 2).
+    Not for the smallest lambdas: weights of the size of such steps would be lost in the first iterations.
     """
-    return math.sqrt(6 * lmbda * values / (pixels * math.log(2)))
+    return math.sqrt(6 * max(lmbda, FINEST) * values / (pixels * math.log(2)))
 
 
 def _other_bits(networks: Sequence[list[Parameters]]) -> torch.Tensor:

@@ -35,7 +35,6 @@ LOG_SCALE_LOW = -SCALE_ZERO / 8
 LOG_SCALE_HIGH = (SCALES - 1 - SCALE_ZERO) / 8
 SMALLEST_PROBABILITY = 2.0**-16
 LARGEST_ACTIVATION = MAX_ACTIVATION / UNIT
-BETAS = (0.9, 0.99)  # of Adam
 
 
 def add_gradients(
@@ -276,21 +275,6 @@ def _fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
     padded = padded[..., : width + 2 * margin]
     inner = padded[:, :, margin:-margin, margin:-margin]
     return torch.ops.aten.replication_pad2d_backward(padded, inner, [margin] * 4)
-
-
-def adam_step(
-    values: torch.Tensor, gradient: torch.Tensor, moments: list[torch.Tensor], steps: int, rate: float
-) -> None:
-    """One step of Adam (Kingma and Ba, 2015), in place. moments: of order one and two. steps: with this one."""
-    mean, square = moments
-    scale = math.sqrt(1 - BETAS[1] ** steps)
-    rate, epsilon = rate * scale / (1 - BETAS[0] ** steps), 1e-8 * scale
-    if _compiled(values):
-        kernels.adam_step(values, gradient, mean, square, BETAS, rate, epsilon)
-        return
-    mean.lerp_(gradient, 1 - BETAS[0])
-    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    values.addcdiv_(mean, square.sqrt().add_(epsilon), value=-rate)
 
 
 def function_threads(count: int) -> contextlib.AbstractContextManager[None]:

@@ -165,21 +165,6 @@ class Upsampled:
         return to_taps.sum(1)
 
 
-def adam_step(
-    values: torch.Tensor,
-    gradient: torch.Tensor,
-    mean: torch.Tensor,
-    square: torch.Tensor,
-    betas: tuple[float, float],
-    rate: float,
-    epsilon: float,
-) -> None:
-    """Moves the moments and then the values, in place."""
-    arrays = [tensor.view(-1).numpy() for tensor in (values, gradient, mean, square)]
-    numbers = np.array([*betas, rate, epsilon], np.float32)
-    _spread(_adam_step, -(-values.numel() // _BLOCK), 4 * values.numel(), *arrays, numbers)
-
-
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
     return [tensor.contiguous().numpy() for tensor in tensors]
 
@@ -813,25 +798,3 @@ def _upsample_backward(
             _double_backward(own, plane, taps[b, coarser - 1], to_plane, to_taps[b, p, coarser - 1])
             own = to_plane
         to_canvas[b, top : top + height, margin : margin + width] += own
-
-
-@_compiled
-def _adam_step(
-    first_task: int,
-    last_task: int,
-    values: np.ndarray,
-    gradient: np.ndarray,
-    means: np.ndarray,
-    squares: np.ndarray,
-    numbers: np.ndarray,
-) -> None:
-    start, stop = first_task * _BLOCK, min(len(values), last_task * _BLOCK)
-    x, g, m, v = values[start:stop], gradient[start:stop], means[start:stop], squares[start:stop]
-    decay, slow_decay, rate, epsilon = numbers[0], numbers[1], numbers[2], numbers[3]
-    one = np.float32(1)
-    for i in range(len(x)):
-        m[i] = decay * m[i] + (one - decay) * g[i]
-    for i in range(len(x)):
-        v[i] = slow_decay * v[i] + (one - slow_decay) * g[i] * g[i]
-    for i in range(len(x)):
-        x[i] -= rate * m[i] / (np.sqrt(v[i]) + epsilon)

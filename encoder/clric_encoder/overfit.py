@@ -17,17 +17,18 @@ from clric_decoder.networks import Parameters
 
 from .canvas import Canvas
 from .control import RateControl, principal_step
-from .function import GridBits, Networks, Packing, adam_step, add_gradients, function_threads
+from .function import GridBits, Networks, Packing, add_gradients, function_threads
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
 
+BETAS = (0.9, 0.99)  # of Adam
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
-CONTROL_EVERY = 10  # iterations between two corrections of lambda, for a target
+CONTROLS = 100  # corrections of lambda in a stage, for a target
 LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a target
 
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
-FINISHING = Stage(20, "soft", (0.0, 0.0), (0.01, 0.002), (0.06, 0.04), (0.16, 0.15), fixed=True)
+FINISHING = Stage(20, "soft", (0.0, 0.0), (0.015, 0.003), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
 
 # Times that a latent is trained at most, to meet its target.
@@ -313,10 +314,11 @@ class _Trainer:
         noise = _Noise(state, stage.rounding, self.layout.mask.shape)
         to_canvas, to_vectors = torch.empty_like(state.canvas), torch.empty_like(state.vectors)
         networks, to_networks = self.packing.split(state.vectors), self.packing.split(to_vectors)
+        pause = max(1, stage.iterations // CONTROLS)
         for iteration in range(iterations):
             position = iteration / stage.iterations
-            if self.control is not None and iteration % CONTROL_EVERY == 0:
-                self.steer(state, networks, position, CONTROL_EVERY / stage.iterations)
+            if self.control is not None and iteration % pause == 0:
+                self.steer(state, networks, position, pause / stage.iterations)
             if self.control is not None and iteration == int(LOOK * stage.iterations) and not stage.fixed:
                 self.control.know_networks(self.quantize(state, refined=False))
             prices = self.lmbdas[state.owners] / pixels
@@ -337,10 +339,10 @@ class _Trainer:
             if slope is not None:
                 to_canvas *= slope
             state.steps += 1
-            adam_step(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
+            _adam(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
             if not stage.fixed:
                 rate = _cosine(stage.network_rate, position)
-                adam_step(state.vectors, to_vectors, state.moments[2:], state.steps, rate)
+                _adam(state.vectors, to_vectors, state.moments[2:], state.steps, rate)
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
                 state.losses = (distortions + prices * bits).cpu()
                 self.last = Progress(
@@ -425,6 +427,15 @@ class _Noise:
         """(batch, *shape)."""
         start = self._random.randrange((self.POOL - 1) * self._shape.numel())
         return self._pool[:, start : start + self._shape.numel()].unflatten(1, self._shape)
+
+
+def _adam(values: torch.Tensor, gradient: torch.Tensor, moments: list[torch.Tensor], steps: int, rate: float) -> None:
+    """One step of Adam (Kingma and Ba, 2015), in place."""
+    mean, square = moments
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    scale = math.sqrt(1 - BETAS[1] ** steps)
+    values.addcdiv_(mean, square.sqrt().add_(1e-8 * scale), value=-rate * scale / (1 - BETAS[0] ** steps))
 
 
 def _cosine(rates: tuple[float, float], position: float) -> float:

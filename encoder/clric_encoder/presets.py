@@ -107,14 +107,14 @@ def _default(iterations: int) -> Preset:
         architecture=default_architecture,
         start="principal",
         warm_up=(),
-        stages=(Stage(iterations, "soft", (1e-2, 2.5e-4), (0.03, 0.001), (0.25, 0.04), (0.22, 0.15)),),
+        stages=(Stage(iterations, "soft", (1e-2, 2.5e-4), (0.05, 0.001), (0.25, 0.04), (0.22, 0.15)),),
     )
 
 
 PRESETS = {
-    "fast": _default(600),
-    "default": _default(1500),
-    "slow": _default(3000),
+    "fast": _default(800),
+    "default": _default(2000),
+    "slow": _default(4000),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",

@@ -52,13 +52,46 @@ def test_rows_of_older_versions_are_not_shown() -> None:
     assert compare.latest([old, first, again, other]) == [again, other]
 
 
-def test_means_are_of_the_cells_that_there_are() -> None:
+def test_a_mean_is_of_all_images_or_there_is_none() -> None:
     rows = [row("x", 0.1, "a", psnr=30, ms_ssim=0.9), row("x", 0.1, "b", psnr=40)]
     (mean,) = compare.means(rows)
-    assert mean.images == 2
     assert mean.values["psnr"] == 35
-    assert mean.values["ms_ssim"] == 0.9
+    assert "ms_ssim" not in mean.values
     assert "ssim" not in mean.values
+
+
+def on(codec: str, images: str, setting: float = 0.1) -> list[Row]:
+    return [row(codec, setting, image) | {"image": f"{image}.png"} for image in images]
+
+
+@pytest.mark.parametrize(
+    ("measured", "images", "left_out"),
+    [
+        ({"x": "abc", "y": "abc", "z": "ab"}, "abc", ["z (2 of 3 images)"]),
+        ({"x": "abc", "y": "ab", "z": "ab"}, "ab", []),  # x over two of its images
+        ({"x": "ab", "y": "abc"}, "abc", ["x (2 of 3 images)"]),  # as many have either: the larger
+        ({"x": "ab", "y": "bc", "z": "cde"}, "cde", ["x (0 of 3 images)", "y (1 of 3 images)"]),  # no half has any
+    ],
+)
+def test_means_are_over_the_images_that_most_codecs_share(
+    measured: dict[str, str], images: str, left_out: list[str]
+) -> None:
+    shared = compare.common([one for codec, its in measured.items() for one in on(codec, its)])
+    assert shared.images == {image: f"{image}.png" for image in images}
+    assert shared.left_out == left_out
+    inside = {codec for codec in measured if not any(line.startswith(codec) for line in left_out)}
+    assert sorted((one["codec"], one["image_sha256"]) for one in shared.rows) == sorted(
+        (codec, image) for codec in inside for image in images
+    )
+
+
+def test_a_setting_that_failed_on_an_image_has_no_mean() -> None:
+    rows = [*on("x", "ab"), *on("x", "b", 0.2), *on("y", "ab"), *on("y", "ab", 0.2)]
+    shared = compare.common(rows)
+    assert shared.left_out == ["x at 0.2 (1 of 2 images)"]
+    assert [(mean.codec, mean.setting) for mean in compare.means(shared.rows)] == [
+        ("x", "0.1"), ("y", "0.1"), ("y", "0.2"),
+    ]  # fmt: skip
 
 
 def test_nearest_is_by_ratio() -> None:

@@ -24,6 +24,7 @@ from clric_decoder.image import read_image
 from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode
 from clric_encoder.autoencoder import load_encoder
+from clric_encoder.bench.results import COLUMNS
 from commands import assert_one_line
 from diffusers.models.autoencoders.vae import EncoderTiny
 from PIL import Image
@@ -209,8 +210,8 @@ def test_the_report_holds_everything_in_itself(bench: Bench) -> None:
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert "url(" not in text
     pictures = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    # Plots of MS-SSIM, PSNR and SSIM, crops of both photos, the strip
-    assert len(pictures) == 6
+    # Plots of PSNR and SSIM (of MS-SSIM one photo has none), crops of both photos, the strip
+    assert len(pictures) == 5
     for source in pictures:
         kind, data = source.split(",", 1)
         content = base64.b64decode(data, validate=True)
@@ -245,13 +246,69 @@ def test_the_report_can_be_made_again_from_the_results_alone(bench: Bench, run: 
         assert (tmp_path / "copy" / name).read_bytes() == (bench.folder / name).read_bytes()
 
 
+def test_a_report_of_joined_runs_compares_means_over_the_same_images(run: Run, tmp_path: Path) -> None:
+    """Two codecs and a ceiling on three photos; another codec and another ceiling on the first of them only."""
+    rows = []
+    for number, image in enumerate(("a.png", "b.png", "c.png"), 1):
+        common = {"image": image, "image_sha256": image, "width": 768, "height": 512, "version": "1"}
+        for setting, size in (("lambda 2", 1000), ("lambda 1", 2000)):
+            coded = {"setting": setting, "bytes": size * number, "bpp": size * number / 49152, "psnr": 20 + number}
+            parts = {"header_bytes": 20, "network_bytes": 180, "grid_bytes": size * number - 200, "function_mac": 19}
+            rows.append({**common, "codec": "clric taesd fast", **coded, **parts, "encode_s": number})
+            if (image, setting) != ("b.png", "lambda 1"):  # failed, say
+                rows.append({**common, "codec": "JPEG", **coded, "encode_s": number})
+            if image == "a.png":
+                rows.append({**common, "codec": "WebP", **coded, "encode_s": number})
+        for vae in ("taesd", "taesd3")[: 2 if image == "a.png" else 1]:
+            rows.append({**common, "codec": f"{vae} ceiling", "setting": "latent not coded", "psnr": 30 + number})
+    (tmp_path / "results").mkdir()
+    with open(tmp_path / "results/results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "results/run.json").write_text(
+        json.dumps({"machine": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
+    )
+    result = run("clric-bench", "report")
+    assert result.returncode == 0, result.stderr
+    summary = (tmp_path / "results/summary.md").read_text()
+    for text in (summary, (tmp_path / "results/report.html").read_text()):
+        assert "3 images (768 x 512 pixels): a.png, b.png, c.png." in text
+        assert "All means, in tables and plots, are over the 3 images." in text
+        assert (
+            "not among the means: taesd3 ceiling (1 of 3 images), JPEG at lambda 1 (2 of 3 images), "
+            "WebP (1 of 3 images)." in text
+        )
+    sections = {part.split("\n")[0]: part for part in summary.split("\n## ")}
+    assert "Means over the same 3 images" in sections["All means"]
+    lines = [line.split(" | ")[:2] for line in sections["All means"].splitlines() if line.startswith("| ")][2:]
+    assert lines == [
+        ["| clric taesd fast", "lambda 2"],
+        ["| clric taesd fast", "lambda 1"],
+        ["| taesd ceiling", "latent not coded"],
+        ["| JPEG", "lambda 2"],
+    ]
+    assert "| JPEG | lambda 2 | 2,000 | 0.0407 | 22.00 |" in sections["All means"]
+    assert "| taesd | latent not coded | 32.00 |" in sections["Ceilings"]
+    assert "| taesd3 | not measured on all of them | – |" in sections["Ceilings"]
+    shares = "| clric taesd fast | lambda 2 | 0.0407 | 2,000 | 1,800 (90.0 %) | 180 (9.0 %) | 20 (1.0 %) |"
+    assert shares in sections["Where a stream's bytes go"]
+    assert "| JPEG | 0.39 | 2.00 |" in sections["What it costs"]
+    assert "WebP" not in sections["What it costs"]
+    # Each image has one PSNR here, whatever its rate
+    assert "| clric taesd fast | JPEG | no image in common | too few points (0/3) |" in sections["BD-rates"]
+    plot = (tmp_path / "results/plots/psnr.svg").read_text()
+    assert "<!-- JPEG -->" in plot
+    assert "<!-- WebP -->" not in plot
+
+
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_photo(tmp_path / "photo.png", 16, 16)
     assert_one_line(run("clric-bench", "run", "empty"), 1, "empty: holds no images")
     assert_one_line(run("clric-bench", "run", "gone"), 2, "gone", "does not exist")
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "jpg"), 2, "'jpg'", "jpeg")
-    assert_one_line(run("clric-bench", "run", "photo.png", "--lambda", "nan"), 2, "--lambda is nan")
+    assert_one_line(run("clric-bench", "run", "photo.png", "--lambda", "nan"), 2, "lambda is nan")
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "clric", "--vae", "x"), 1, "'x' is not known")
     assert not (tmp_path / "results").exists()
 

@@ -15,7 +15,7 @@ from .results import Row, number
 MEASURES = (
     "bytes", "bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze", "latent_mse",
     "header_bytes", "network_bytes", "grid_bytes", "function_mac", "decoder_mac",
-    "encode_s", "decode_s", "encode_mb", "decode_mb",
+    "encode_s", "decode_s",
 )  # fmt: skip
 
 # Two curves of which less than this share of the tested codec's range has a counterpart are not compared.
@@ -60,17 +60,63 @@ def lpips_column(rows: Sequence[Row]) -> str | None:
 
 
 @dataclass(frozen=True)
+class Common:
+    """What means are taken over, so that no two of them are of different images.
+
+    images: SHA-256 of each -> its name. rows: of these images, and of those settings of codecs that have them all.
+    left_out: each codec or setting that has not, with "(n of N images)".
+    """
+
+    images: dict[str, str]
+    rows: list[Row]
+    left_out: list[str]
+
+
+def common(rows: Sequence[Row]) -> Common:
+    """Chooses the largest set of images that at least half of the codecs were measured on.
+
+    A set is a candidate where some codec was measured on it and no other image. Where none has half of the codecs,
+    the one that most have is taken. rows: one at most for each image, codec and setting (`latest`).
+    """
+    measured: dict[str, dict[str, str]] = {}
+    for row in rows:
+        measured.setdefault(row["codec"], {})[row["image_sha256"]] = row["image"]
+
+    def rank(images: dict[str, str]) -> tuple[int, int]:
+        sharing = sum(images.keys() <= other.keys() for other in measured.values())
+        return min(2 * sharing, len(measured)), len(images)
+
+    images = max(measured.values(), key=rank)
+    kept: list[Row] = []
+    left_out = []
+    for codec in codecs(rows):
+        count = len(images.keys() & measured[codec].keys())
+        if count < len(images):
+            left_out.append(f"{codec} ({count} of {len(images)} images)")
+            continue
+        settings: dict[str, list[Row]] = {row["setting"]: [] for row in rows if row["codec"] == codec}
+        for row in rows:
+            if row["codec"] == codec and row["image_sha256"] in images:
+                settings[row["setting"]].append(row)
+        for setting, members in settings.items():
+            if len(members) == len(images):
+                kept += members
+            else:
+                left_out.append(f"{codec} at {setting} ({len(members)} of {len(images)} images)")
+    return Common(images, kept, left_out)
+
+
+@dataclass(frozen=True)
 class Mean:
-    """A codec at one setting: arithmetic means of each measure over the images that have it."""
+    """A codec at one setting: arithmetic means over its images of each measure that all of them have."""
 
     codec: str
     setting: str
-    images: int
     values: dict[str, float]
 
 
 def means(rows: Iterable[Row]) -> list[Mean]:
-    """One for each codec and setting, in the order of `codecs`, then of rising rate."""
+    """One for each codec and setting, in the order of `codecs`, then of rising rate. rows: `common`'s."""
     rows = list(rows)
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -80,9 +126,9 @@ def means(rows: Iterable[Row]) -> list[Mean]:
         values = {}
         for measure in MEASURES:
             cells = [cell for row in members if (cell := number(row, measure)) is not None]
-            if cells:
+            if len(cells) == len(members):
                 values[measure] = float(np.mean(cells))
-        result.append(Mean(codec, setting, len(members), values))
+        result.append(Mean(codec, setting, values))
     order = codecs(rows)
     return sorted(result, key=lambda mean: (order.index(mean.codec), mean.values.get("bpp", 0.0)))
 
@@ -97,8 +143,8 @@ def nearest(rows: Iterable[Row], bpp: float) -> Row | None:
 class BdRate:
     """How much more rate (percent; less is negative) one codec needs than another for the same quality.
 
-    percent: the mean over ``images`` of the ``of`` images that both were measured on; None where ``images`` is 0, and
-    then ``reason`` says why.
+    percent: the mean over ``images`` of the ``of`` images on which both have the measure; None where ``images`` is 0,
+    and then ``reason`` says why.
     """
 
     percent: float | None
@@ -108,7 +154,7 @@ class BdRate:
 
 
 def bd_rate(tested: Iterable[Row], anchor: Iterable[Row], measure: str) -> BdRate:
-    """Bjontegaard's delta rate for each image that both were measured on, then averaged.
+    """Bjontegaard's delta rate for each image on which both have the measure, then averaged.
 
     measure: a column; of lpips_* lower is better. Interpolation is pchip (monotone, piecewise cubic) of log rate over
     the measure, over the range that both curves cover; nothing is extrapolated.

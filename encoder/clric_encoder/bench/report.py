@@ -21,9 +21,11 @@ from ..presets import PRESETS
 from . import pictures
 from .compare import (
     MIN_OVERLAP,
+    Common,
     Mean,
     bd_rate,
     codecs,
+    common,
     is_ceiling,
     is_clric,
     latest,
@@ -94,20 +96,24 @@ def write_report(folder: Path) -> None:
     run, rows = Run.read(folder), latest(read_rows(folder))
     if not rows:
         raise ClricError(f"{folder / 'results.csv'}: holds no results to report")
-    points = means(rows)
+    shared = common(rows)
+    points = means(shared.rows)
     lpips = lpips_column(rows)
-    kodak = all(p.name.startswith("kodim") and {p.width, p.height} == {768, 512} for p in run.photos)
+    kodak = all(
+        row["image"].startswith("kodim") and {row["width"], row["height"]} == {"768", "512"} for row in shared.rows
+    )
+    over = f"Means over the same {_images(len(shared.images))}"
     tables = [
         _compared(rows, run),
         _bd_rates(rows, lpips),
-        _means(points),
-        _ceilings(points, lpips),
-        _shares(points),
-        _costs(rows, points),
+        _means(points, over),
+        _ceilings(rows, points, lpips, over),
+        _shares(points, over),
+        _costs(rows, shared.rows, over),
         _paper_table(),
-        _fid(rows, points, folder, run),
+        _fid(shared, points, folder),
     ]
-    text = [*_introduction(rows, run), *(_markdown(table) for table in tables if table.rows)]
+    text = [*_introduction(rows, shared, run), *(_markdown(table) for table in tables if table.rows)]
     text.append("## How it was measured\n\n" + "\n".join(f"- {line}" for line in _protocol(rows)))
     text += ["## What failed\n\n" + "\n".join(f"- {line}" for line in run.failures)] if run.failures else []
     write_output(folder / "summary.md", ("\n\n".join(text) + "\n").encode())
@@ -117,7 +123,7 @@ def write_report(folder: Path) -> None:
     for measure in measures:
         if any(measure in point.values for point in points):
             has_published = kodak and bool(pictures.published(measure))
-            about = "Means over the images, of rate and of quality, at each setting."
+            about = f"{over}, of rate and of quality, at each setting."
             if has_published:
                 about += (
                     " Grey: published for all 24 images of Kodak, not measured here (published.csv has the sources)."
@@ -127,7 +133,7 @@ def write_report(folder: Path) -> None:
     crops = [_sheet(rows, photo, lpips, folder) for photo in run.photos]
     strip = [_strip(rows, photo, lpips, folder) for photo in run.photos][:1]
     blocks = [
-        *("<p>" + html.escape(line) + "</p>" for line in _introduction(rows, run)[1:]),
+        *("<p>" + html.escape(line) + "</p>" for line in _introduction(rows, shared, run)[1:]),
         *(_html(item) for item in (tables[0], *plots, tables[1], *crops, *strip, *tables[2:]) if item),
         "<h2>How it was measured</h2><ul>"
         + "".join(f"<li>{html.escape(line)}</li>" for line in _protocol(rows))
@@ -144,16 +150,29 @@ def write_report(folder: Path) -> None:
 # --- Tables ---------------------------------------------------------------------------------------------------------
 
 
-def _introduction(rows: Sequence[Row], run: Run) -> list[str]:
-    names = sorted({row["image"] for row in rows})
+def _images(count: int) -> str:
+    return f"{count} images" if count > 1 else "one image"
+
+
+def _introduction(rows: Sequence[Row], shared: Common, run: Run) -> list[str]:
+    names = sorted({row["image_sha256"]: row["image"] for row in rows}.values())
     sizes = sorted({f"{row['width']} x {row['height']}" for row in rows})
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return [
+    means_of = f"over the {_images(len(names))}"
+    if len(shared.images) < len(names):
+        means_of = f"over {len(shared.images)} of the {len(names)} images: {', '.join(sorted(shared.images.values()))}"
+    lines = [
         "# clric-bench",
-        f"{len(rows)} results on {len(names)} image{'s' * (len(names) > 1)} ({', '.join(sizes[:6])}"
-        f"{', ...' * (len(sizes) > 6)} pixels): {shown}.",
+        f"{len(rows)} results on {_images(len(names))} ({', '.join(sizes[:6])}{', ...' * (len(sizes) > 6)} pixels): "
+        f"{', '.join(names)}.",
         f"Machine: {'; '.join(run.machine)}.",
+        f"All means, in tables and plots, are {means_of}.",
     ]
+    if shared.left_out:
+        lines[-1] += (
+            f" Not measured on all of these, and therefore not among the means: {', '.join(shared.left_out)}. BD-rates "
+            "and crops go image by image, and take what there is."
+        )
+    return lines
 
 
 def _compared(rows: Sequence[Row], run: Run) -> Table:
@@ -180,18 +199,20 @@ def _bd_rates(rows: Sequence[Row], lpips: str | None) -> Table:
             cells = []
             for measure in measures:
                 bd = bd_rate(by_codec[name], members, measure)
-                cells.append(bd.reason if bd.percent is None else f"{bd.percent:+,.0f} % ({bd.images}/{bd.of})")
+                percent = bd.reason if bd.percent is None else f"{bd.percent:+,.0f} %"
+                cells.append(f"{percent} ({bd.images}/{bd.of})" if bd.of else percent)
             lines.append((name, anchor, *cells))
     return Table(
         "BD-rates",
-        "How many percent more rate (less is negative, and better) clric needs for the same quality. In brackets, on "
-        "how many of the images the two curves overlap: the mean is over those.",
+        "How many percent more rate (less is negative, and better) clric needs for the same quality: computed for each "
+        "image, then averaged. In brackets: over how many images, those on which the two curves overlap, of how many "
+        "that both were measured on. Averages over different images do not compare with each other.",
         ("codec", "compared with", *(pictures.LABELS[measure].split(" (")[0] for measure in measures)),
         lines,
     )
 
 
-def _means(points: Sequence[Mean]) -> Table:
+def _means(points: Sequence[Mean], over: str) -> Table:
     columns: list[tuple[str, str, int]] = [("bytes", "bytes", 0), ("bpp", "bpp", 4), ("psnr", "PSNR", 2)]
     columns += [("ssim", "SSIM", 4), ("ms_ssim", "MS-SSIM", 4)]
     columns += [
@@ -202,13 +223,12 @@ def _means(points: Sequence[Mean]) -> Table:
     columns += [("latent_mse", "latent MSE", 4), ("encode_s", "encode, s", 2), ("decode_s", "decode, s", 3)]
     return Table(
         "All means",
-        "Over the images, at each setting. Rates are sizes of files.",
-        ("codec", "setting", "images", *(label for _, label, _ in columns)),
+        f"{over}, at each setting. Rates are sizes of files.",
+        ("codec", "setting", *(label for _, label, _ in columns)),
         [
             (
                 point.codec,
                 point.setting,
-                str(point.images),
                 *(_number(point.values.get(name), digits) for name, _, digits in columns),
             )
             for point in points
@@ -216,26 +236,28 @@ def _means(points: Sequence[Mean]) -> Table:
     )
 
 
-def _ceilings(points: Sequence[Mean], lpips: str | None) -> Table:
+def _ceilings(rows: Sequence[Row], points: Sequence[Mean], lpips: str | None, over: str) -> Table:
     columns = [("psnr", 2), ("ssim", 4), ("ms_ssim", 4), *([(lpips, 4)] if lpips else [])]
+    values = {point.codec: point.values for point in points}
+    vaes = dict.fromkeys(
+        row["codec"].removeprefix("clric ").split()[0] for row in rows if is_clric(row) or is_ceiling(row)
+    )
     return Table(
         "Ceilings",
-        "Each VAE alone, its latent not coded: what clric comes to with it as the rate grows.",
-        ("VAE", "", "images", *(pictures.LABELS[name].split(" (")[0] for name, _ in columns)),
+        f"{over}, of each VAE alone, its latent not coded: what clric comes to with it as the rate grows.",
+        ("VAE", "", *(pictures.LABELS[name].split(" (")[0] for name, _ in columns)),
         [
             (
-                point.codec.removesuffix(" ceiling"),
-                point.setting,
-                str(point.images),
-                *(_number(point.values.get(name), digits) for name, digits in columns),
+                vae,
+                "latent not coded" if f"{vae} ceiling" in values else "not measured on all of them",
+                *(_number(values.get(f"{vae} ceiling", {}).get(name), digits) for name, digits in columns),
             )
-            for point in points
-            if "bpp" not in point.values
+            for vae in vaes
         ],
     )
 
 
-def _shares(points: Sequence[Mean]) -> Table:
+def _shares(points: Sequence[Mean], over: str) -> Table:
     lines = []
     for point in points:
         if "grid_bytes" in point.values:
@@ -245,32 +267,34 @@ def _shares(points: Sequence[Mean]) -> Table:
             lines.append((point.codec, point.setting, _number(point.values["bpp"], 4), f"{total:,.0f}", *cells))
     return Table(
         "Where a stream's bytes go",
-        "Means over the images. The header includes the checksum and all lengths.",
+        f"{over}, for each VAE and preset; in brackets, shares of the mean file. The header includes the checksum and "
+        "all lengths.",
         ("codec", "setting", "bpp", "bytes", "grids", "networks", "header"),
         lines,
     )
 
 
-def _costs(rows: Sequence[Row], points: Sequence[Mean]) -> Table:
+def _costs(rows: Sequence[Row], shared: Sequence[Row], over: str) -> Table:
+    """rows: all, for the memory, which one row of each codec and size has, of whichever image."""
+
+    def pixels(row: Row) -> int:
+        return int(row["width"]) * int(row["height"])
+
     lines: list[tuple[str, ...]] = []
-    for name in codecs(rows):
-        mine = [row for row in rows if row["codec"] == name]
-        for size in sorted({(int(row["width"]) * int(row["height"]), row["width"], row["height"]) for row in mine}):
-            same = [row for row in mine if int(row["width"]) * int(row["height"]) == size[0]]
-            if (name, f"{size[0] / 1e6:.2f}") in {(line[0], line[1]) for line in lines}:
-                continue  # the same pixels, upright
+    for name in codecs(shared):
+        for size in sorted({pixels(row) for row in shared if row["codec"] == name}):
             cells = [
-                _number(_mean(same, column), digits)
-                for column, digits in (
-                    ("encode_s", 2), ("decode_s", 3), ("encode_mb", 0), ("decode_mb", 0),
-                    ("function_mac", 2), ("decoder_mac", 0),
+                _number(_mean((row for row in of if row["codec"] == name and pixels(row) == size), column), digits)
+                for of, column, digits in (
+                    (shared, "encode_s", 2), (shared, "decode_s", 3), (rows, "encode_mb", 0), (rows, "decode_mb", 0),
+                    (shared, "function_mac", 2), (shared, "decoder_mac", 0),
                 )
             ]  # fmt: skip
-            lines.append((name, f"{size[0] / 1e6:.2f}", *cells))
+            lines.append((name, f"{size / 1e6:.2f}", *cells))
     return Table(
         "What it costs",
-        "Means over images and settings. MAC/pixel: multiply-accumulates per image pixel, of the overfitted function "
-        "and of the VAE's decoder.",
+        f"{over}, at all settings of a codec, for each size of image. MAC/pixel: multiply-accumulates per image pixel, "
+        "of the overfitted function and of the VAE's decoder.",
         (
             "codec", "megapixels", "encode, s", "decode, s", "encode, peak MB", "decode, peak MB",
             "function, MAC/pixel", "VAE decoder, MAC/pixel",
@@ -308,16 +332,15 @@ def _paper_table() -> Table:
     )
 
 
-def _fid(rows: Sequence[Row], points: Sequence[Mean], folder: Path, run: Run) -> Table:
+def _fid(shared: Common, points: Sequence[Mean], folder: Path) -> Table:
     lines: list[tuple[str, ...]] = []
     for point in points:
         pairs = [
             (folder / "fid" / f"{row['image_sha256']}.npy", folder / "fid" / f"{row['id']}.npy")
-            for row in rows
+            for row in shared.rows
             if (row["codec"], row["setting"]) == (point.codec, point.setting)
         ]
-        pairs = [pair for pair in pairs if all(path.is_file() for path in pair)]
-        if not pairs:
+        if not all(path.is_file() for pair in pairs for path in pair):
             continue
         originals, decoded = (np.concatenate([np.load(path) for path in paths]) for paths in zip(*pairs, strict=True))
         if len(decoded) >= 2:
@@ -325,8 +348,9 @@ def _fid(rows: Sequence[Row], points: Sequence[Mean], folder: Path, run: Run) ->
             lines.append((point.codec, point.setting, *cells, _number(frechet_distance(originals, decoded), 2)))
     return Table(
         f"FID over {FID_PATCH} x {FID_PATCH} patches",
-        f"Patches without overlap (stride {FID_PATCH}) from the top left corner of every image, decoded against "
-        "original. With fewer than some thousand patches FID is biased: compare its values here with each other only.",
+        f"Patches without overlap (stride {FID_PATCH}) from the top left corner of each of the same "
+        f"{_images(len(shared.images))}, decoded against original. With fewer than some thousand patches FID is "
+        "biased: compare its values here with each other only.",
         ("codec", "setting", "bpp", "patches", "FID"),
         lines,
     )
@@ -334,13 +358,17 @@ def _fid(rows: Sequence[Row], points: Sequence[Mean], folder: Path, run: Run) ->
 
 def _protocol(rows: Sequence[Row]) -> list[str]:
     return [
+        "Means: arithmetic, over the largest set of images that at least half of the codecs were measured on (or else "
+        "the one that most of them were). A codec or a setting that lacks one of these images is not among the means, "
+        "and a measure that one of its images lacks has none (–).",
         "Rate: bits of the whole file over image pixels. Each peer runs at a fixed list of qualities, from the lowest "
         "that it has to about 2 bpp, and is compared by curves (BD-rate) or at its setting of nearest rate (crops). A "
         "curve of a peer begins at the lowest rate that it has.",
         "PSNR: of all RGB values of 8 bits. SSIM and MS-SSIM: pytorch-msssim, on RGB, over whole windows of 11 x 11, "
         "five scales. LPIPS: version 0.1, on the whole image. Latent MSE: between the VAE's latent and the stream's.",
         "BD-rate: log rate interpolated over the measure by pchip (package bjontegaard), for each image, then the "
-        "arithmetic mean of the percentages over the images. Points that cost more and are no better are left out. "
+        "arithmetic mean of the percentages, over those of the images that both were measured on where the curves "
+        "overlap. Points that cost more and are no better are left out. "
         f"'No overlap' where the curves share less than {100 * MIN_OVERLAP:.0f} % of clric's range of the measure: "
         "nothing is extrapolated. LPIPS is negated.",
         "Seconds: wall clock of one call, libraries and networks loaded, one thread for torch and the image formats; "
