@@ -40,9 +40,12 @@ ESTIMATE_FACTOR, ESTIMATE_POWER, ESTIMATE_STEP = 0.89, 1.024, 1.7
 class RateControl:
     """The lambdas of a batch of functions, each with a target: bytes of its file."""
 
-    def __init__(self, sizes: Sequence[int], others: torch.Tensor | None = None) -> None:
-        """others: (batch,), bits of all but the grids, where that is known."""
-        self._sizes, self._others = np.array(sizes), others
+    def __init__(
+        self, sizes: Sequence[int], others: torch.Tensor | None = None, starts: torch.Tensor | None = None
+    ) -> None:
+        """others: (batch,), bits of all but the grids, where that is known. starts: (batch,), bits of grids that the
+        first lambdas are to be those of, where that is not what is left of the sizes."""
+        self._sizes, self._others, self._starts = np.array(sizes), others, starts
 
     def first_lambdas(self, latents: torch.Tensor, pixels: torch.Tensor, parameters: int) -> torch.Tensor:
         """Where to start, (batch,). latents: (batch, C, h, w). pixels: (batch,), of the images."""
@@ -50,9 +53,11 @@ class RateControl:
             known = torch.full((len(latents),), HEADER_BITS + PARAMETER_BITS * parameters, device=latents.device)
             # Small files have small networks: what is not worth its bits is left at its default
             self._others = torch.minimum(known, OTHERS_SHARE * self._goals(known))
+        if self._starts is None:
+            self._starts = self._grid_goals()
         lambdas = np.geomspace(LOWEST, HIGHEST, 60)
         result = []
-        for latent, count, goal in zip(latents.cpu(), pixels.tolist(), self._grid_goals().tolist(), strict=True):
+        for latent, count, goal in zip(latents.cpu(), pixels.tolist(), self._starts.tolist(), strict=True):
             residuals = _residuals(latent)
             bits = [_estimated_bits(residuals, principal_step(lmbda, latent.numel(), count)) for lmbda in lambdas]
             result.append(np.interp(-math.log(goal), -np.log(np.array(bits) + 1), np.log(lambdas)))
@@ -77,14 +82,20 @@ class RateControl:
         assert self._others is not None
         self._others = _other_bits(networks).to(self._others)
 
-    def restart(self, indices: list[int], networks: Sequence[list[Parameters]]) -> RateControl:
-        """For some of the functions, from the start, with what is known of their networks.
+    def restart(self, indices: list[int], networks: Sequence[list[Parameters]], sizes: Sequence[int]) -> RateControl:
+        """For some of the functions, from the start, with what is known of their networks and files (bytes).
 
-        These follow lambda: the mean of what was expected and what they came to is between two misses.
+        Networks follow lambda: the mean of what was expected and what they came to is between two misses. Grids stay
+        near to what they start with, where they are small: the start is as much larger as they came out too small.
         """
         assert self._others is not None
-        expected = self._others[indices]
-        return RateControl(self._sizes[indices].tolist(), (expected + _other_bits(networks).to(expected)) / 2)
+        assert self._starts is not None
+        own = _other_bits(networks)
+        goals = self._goals(own)[indices]
+        ratios = (goals - own).clamp_min(1) / (8 * torch.tensor(sizes) - own).clamp_min(1)
+        others = (self._others[indices] + own.to(self._others)) / 2
+        starts = self._starts[indices] * ratios.clamp(0.5, 2).to(self._starts)
+        return RateControl(self._sizes[indices].tolist(), others, starts)
 
     def missed(self, sizes: Sequence[int], lambdas: torch.Tensor) -> list[int]:
         """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""

@@ -25,8 +25,8 @@ from .rate import Rate, choose_rate
 MAX_LATENT = 1e4  # real ones have a deviation near 1
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 
-# More grid values at once gain nothing on a CPU; a GPU takes what its memory holds at so many bytes a value.
-CPU_VALUES, VALUE_BYTES = 250_000, 1000
+# More grid values at once on a CPU's thread gain nothing; a GPU takes what its memory holds at so many bytes each.
+THREAD_VALUES, VALUE_BYTES = 125_000, 1000
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def batch_size(shape: tuple[int, ...], preset: Preset, device: str) -> int:
     channels, height, width = shape
     shapes = bitstream.grid_shapes(preset.architecture(channels).channels, height, width)
     values = sum(grids * rows * columns for grids, rows, columns in shapes)
-    room = CPU_VALUES
+    room = THREAD_VALUES * torch.get_num_threads()
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch keeps what it has freed

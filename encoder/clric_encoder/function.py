@@ -12,7 +12,6 @@ left to autograd: `GridBits` and `Synthesis` compute on construction and keep wh
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -76,8 +75,12 @@ class Synthesis:
         layer: int = 0,
     ) -> None:
         if like is None:
-            upsampled = _CompiledUpsampled if _compiled(canvas) else _Upsampled
-            self._upsampled = upsampled(canvas, networks["upsampler"], layout)
+            taps = networks["upsampler"]
+            self._upsampled: _Upsampled | kernels.Upsampled = (
+                kernels.Upsampled(canvas, taps, layout.places, layout.sizes)
+                if compiled(canvas.device)
+                else _Upsampled(canvas, taps, layout)
+            )
         else:
             self._upsampled = like._upsampled
         biases = networks["synthesis.bias"].split([shape.channels for shape in architecture.synthesis], 1)
@@ -85,7 +88,7 @@ class Synthesis:
         self._layers: list[tuple[SynthesisLayer, _Convolved | _CompiledConvolved]]
         self._layers = [] if like is None else like._layers[:layer]
         for number, shape in enumerate(architecture.synthesis[layer:], layer):
-            convolution = _CompiledConvolved if _compiled(canvas) and shape.kernel == 3 else _Convolved
+            convolution = _CompiledConvolved if compiled(canvas.device) and shape.kernel == 3 else _Convolved
             convolved = convolution(inputs[-1], networks[f"synthesis.weight{number}"], biases[number])
             self._layers.append((shape, convolved))
             outputs = convolved.outputs
@@ -143,18 +146,6 @@ class _Upsampled:
                 gradient, to_level_taps = self._doubled[level].backward(gradient[:, channels:])
                 to_taps.append(to_level_taps[:, None])
         return torch.cat(to_taps, 1)
-
-
-class _CompiledUpsampled:
-    """The same by compiled loops."""
-
-    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, layout: Canvas) -> None:
-        self._upsampled = kernels.Upsampled(canvas, taps, layout.places, layout.sizes)
-        self.outputs = self._upsampled.outputs
-
-    def backward(self, gradient: torch.Tensor, to_canvas: torch.Tensor) -> torch.Tensor:
-        """As `_Upsampled.backward`."""
-        return self._upsampled.backward(gradient, to_canvas)
 
 
 class _Doubled:
@@ -277,13 +268,9 @@ def _fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
     return torch.ops.aten.replication_pad2d_backward(padded, inner, [margin] * 4)
 
 
-def function_threads(count: int) -> contextlib.AbstractContextManager[None]:
-    """Around work with functions in one thread: puts so many of the processor's threads where they are of use."""
-    return contextlib.nullcontext() if kernels is None else kernels.own_threads(count)
-
-
-def _compiled(tensor: torch.Tensor) -> bool:
-    return kernels is not None and tensor.device.type == "cpu"
+def compiled(device: torch.device) -> bool:
+    """Whether functions on a device are computed by compiled loops, which share its threads out by themselves."""
+    return kernels is not None and device.type == "cpu"
 
 
 class GridBits:
@@ -305,7 +292,7 @@ class GridBits:
         levels = range(len(layout.shapes))
         groups = (range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)
         # The compiled ARM knows no other inputs than neighbours
-        arm_bits = _CompiledArmBits if _compiled(canvas) and not len(layout.extras) else _ArmBits
+        arm_bits = _CompiledArmBits if compiled(canvas.device) and not len(layout.extras) else _ArmBits
         self._parts = [
             arm_bits(self._flat, prices, f"arm{number}", networks, architecture, layout, layout.span(group))
             for number, group in enumerate(groups)

@@ -10,7 +10,6 @@ Arrays and tensors are of float32 where nothing else is said.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import threading
@@ -83,9 +82,13 @@ class ArmBits:
         arrays += _arrays(self._bits, self._by_mean, self._by_inputs, self._by_scales)
         arrays += _arrays(self._by_weights, self._by_biases)
         places = (self._distances, np.array(sizes), self._limits, span.start, count, stride, block)
-        self._wait = _start(_arm_bits, batch * blocks, self._work, *arrays, *places)
+        if prices is None:  # the bits are asked for at once
+            _spread(_arm_bits, batch * blocks, self._work, *arrays, *places)
+            self._wait = _nothing
+        else:
+            self._wait = _start(_arm_bits, batch * blocks, self._work, *arrays, *places)
 
-    @functools.cached_property
+    @property
     def bits(self) -> torch.Tensor:
         """(batch,)."""
         self._wait()
@@ -93,12 +96,12 @@ class ArmBits:
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """By scales, weights and biases."""
-        assert self.bits is not None
+        self._wait()
         return self._by_scales, self._by_weights.sum(1), self._by_biases.sum(1)
 
     def add_to(self, to_flat: torch.Tensor) -> None:
         """Adds the gradients by the values of the canvas, themselves and as neighbours."""
-        assert self.bits is not None
+        self._wait()
         parts = -(-to_flat.shape[1] // _BLOCK)
         arrays = _arrays(self._by_mean, self._by_inputs, self._flat, to_flat)
         places = (self._distances, self._span.start, self._limits[0])
@@ -142,17 +145,17 @@ def _bands(planes: torch.Tensor) -> int:
 class Upsampled:
     """All planes of a canvas (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
 
-    taps: (batch, levels - 1, 4), those of the doubling to each level. planes: (planes, 2) int64, the level and the
+    taps: (batch, levels - 1, 4), those of the doubling to each level. places: (planes, 2) int64, the level and the
     first row of each. sizes: (levels, 2) int64.
     """
 
-    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, planes: np.ndarray, sizes: np.ndarray) -> None:
+    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, places: np.ndarray, sizes: np.ndarray) -> None:
         # What each level's plane becomes on its way to the finest: the levels between lie behind each other
         ends = np.cumsum(sizes.prod(1))
-        self._geometry = (planes, sizes, ends - sizes.prod(1) - ends[0])
-        self._taps, self._between = taps, torch.empty(len(canvas), len(planes), int(ends[-1] - ends[0]))
-        self.outputs = torch.empty(len(canvas), len(planes), *map(int, sizes[0]))
-        self._tasks, self._work = len(canvas) * len(planes), 8 * self.outputs.numel()
+        self._geometry = (places, sizes, ends - sizes.prod(1) - ends[0])
+        self._taps, self._between = taps, torch.empty(len(canvas), len(places), int(ends[-1] - ends[0]))
+        self.outputs = torch.empty(len(canvas), len(places), *map(int, sizes[0]))
+        self._tasks, self._work = len(canvas) * len(places), 8 * self.outputs.numel()
         _spread(
             _upsample, self._tasks, self._work, *_arrays(canvas, taps, self._between, self.outputs), *self._geometry
         )
@@ -177,37 +180,51 @@ _threads = threading.local()
 
 
 @contextlib.contextmanager
-def own_threads(count: int) -> Iterator[None]:
-    """Gives so many threads to the loops that are called from this one, instead of to torch, while it lasts.
+def without_torch_threads() -> Iterator[None]:
+    """Keeps torch to one thread, and those that this one starts to one each, while it lasts.
 
     Between torch's operations its threads wait in a busy loop; and tensors of this size are too small for them.
     """
-    before = torch.get_num_threads()
+    count = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+@contextlib.contextmanager
+def own_threads(count: int) -> Iterator[None]:
+    """Gives so many threads to the loops that are called from this one while it lasts."""
     _threads.free = count
     try:
         yield
     finally:
         del _threads.free
-        torch.set_num_threads(before)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _start(function: Any, tasks: int, work: int, *arguments: Any) -> Callable[[], None]:
     """Begins function(first, last, *arguments) for all tasks on half of the free threads; what it gives waits.
 
-    Where there is but one thread, all is done at once.
+    Where there is but one thread, or too little work for another one, all is done at once.
     """
-    threads = min(getattr(_threads, "free", 1) // 2, tasks, 1 + work // _LEAST_WORK)
+    threads = min(getattr(_threads, "free", 1) // 2, tasks, work // _LEAST_WORK)
     if threads == 0:
         function(0, tasks, *arguments)
-        return lambda: None
+        return _nothing
     _threads.free -= threads
     futures = _submit(function, tasks, threads, 0, arguments)
 
     def wait() -> None:
-        for future in futures:
-            future.result()
-        _threads.free += threads
+        if futures:
+            for future in futures:
+                future.result()
+            futures.clear()
+            _threads.free += threads
 
     return wait
 
@@ -223,7 +240,7 @@ def _spread(function: Any, tasks: int, work: int, *arguments: Any) -> None:
 
 def _submit(function: Any, tasks: int, parts: int, first: int, arguments: tuple[Any, ...]) -> list[Future[None]]:
     if first < parts and not _pools:
-        _pools.append(ThreadPoolExecutor(thread_name_prefix="clric"))
+        _pools.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="clric"))
     bounds = [tasks * i // parts for i in range(parts + 1)]
     return [_pools[0].submit(function, bounds[i], bounds[i + 1], *arguments) for i in range(first, parts)]
 
@@ -749,15 +766,15 @@ def _upsample(
     taps: np.ndarray,
     between: np.ndarray,
     outputs: np.ndarray,
-    planes: np.ndarray,
+    places: np.ndarray,
     sizes: np.ndarray,
     offsets: np.ndarray,
 ) -> None:
-    count = len(planes)
+    count = len(places)
     margin = canvas.shape[2] - outputs.shape[3]
     for task in range(first_task, last_task):
         b, p = task // count, task % count
-        level, top = planes[p]
+        level, top = places[p]
         height, width = sizes[level]
         grid = canvas[b, top : top + height, margin : margin + width]
         if level == 0:
@@ -781,15 +798,15 @@ def _upsample_backward(
     between: np.ndarray,
     to_canvas: np.ndarray,
     to_taps: np.ndarray,
-    planes: np.ndarray,
+    places: np.ndarray,
     sizes: np.ndarray,
     offsets: np.ndarray,
 ) -> None:
-    count = len(planes)
+    count = len(places)
     margin = to_canvas.shape[2] - gradient.shape[3]
     for task in range(first_task, last_task):
         b, p = task // count, task % count
-        level, top = planes[p]
+        level, top = places[p]
         height, width = sizes[level]
         own = gradient[b, p]
         for coarser in range(1, level + 1):

@@ -17,7 +17,7 @@ from clric_decoder.networks import Parameters
 
 from .canvas import Canvas
 from .control import RateControl, principal_step
-from .function import GridBits, Networks, Packing, add_gradients, function_threads
+from .function import GridBits, Networks, Packing, add_gradients, compiled, kernels
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
@@ -32,7 +32,7 @@ FINISHING = Stage(20, "soft", (0.0, 0.0), (0.015, 0.003), (0.06, 0.04), (0.16, 0
 FINISHING_ROUNDS = 10
 
 # Times that a latent is trained at most, to meet its target.
-CHANCES = 3
+CHANCES = 4
 
 
 @dataclass(frozen=True)
@@ -128,47 +128,54 @@ def overfit(
 ) -> list[Function]:
     """The functions of latents (batch, C, h, w) float32 that are lowest in latent MSE + lmbda * bits / pixels.
 
-    lmbdas: one for each latent, or where to start from with ``targets``. pixels: of each image, for the rate.
+    lmbdas: one for each latent, not used with ``targets``. pixels: of each image, for the rate.
     A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
     same arguments give the same functions on the same CPU, versions and number of threads.
     """
+    if not compiled(torch.device(device)):
+        return _overfit(latents, lmbdas, pixels, preset, targets, seed, device, report)
+    # Threads have the fewest occasions to wait for each other if each trains functions of its own. The first reports.
     threads = torch.get_num_threads()
-    parts = min(threads, len(latents)) if device == "cpu" else 1
-
-    def train(part: int, report: Report | None) -> list[Function]:
-        own = list(range(len(latents) * part // parts, len(latents) * (part + 1) // parts))
-        with function_threads(threads // parts):
-            return _overfit(
-                latents[own],
-                [lmbdas[i] for i in own],
-                [pixels[i] for i in own],
-                preset,
-                targets and targets.pick(own),
-                seed,
-                device,
-                report,
-            )
-
-    # Threads have the fewest occasions to wait for each other if each trains functions of its own. This one reports.
+    parts = min(threads, len(latents))
+    bounds = [-(-len(latents) * part // parts) for part in range(parts + 1)]
     stopped = threading.Event()
 
-    def stop(progress: Progress) -> None:
-        if stopped.is_set():
-            raise _Stopped
+    def train(part: int) -> list[Function]:
+        own = list(range(bounds[part], bounds[part + 1]))
 
-    with ThreadPoolExecutor(max(1, parts - 1)) as pool:
-        others = [pool.submit(train, part, stop) for part in range(1, parts)]
+        def tell(progress: Progress) -> None:
+            if stopped.is_set():
+                raise _Stopped
+            if part == 0 and report is not None:
+                report(progress)
+
+        own_targets = targets and targets.pick(own)
+        own_lmbdas, own_pixels = [lmbdas[i] for i in own], [pixels[i] for i in own]
         try:
-            functions = train(0, report)
-            for other in others:
-                functions += other.result()
-        finally:
+            with kernels.own_threads(threads // parts + (part < threads % parts)):
+                return _overfit(latents[own], own_lmbdas, own_pixels, preset, own_targets, seed, device, tell)
+        except BaseException:
             stopped.set()
-    return functions
+            raise
+
+    with kernels.without_torch_threads(), ThreadPoolExecutor(parts) as pool:
+        try:
+            others = [pool.submit(train, part) for part in range(1, parts)]
+            try:
+                functions = train(0)
+            except _Stopped:
+                functions = []
+            for error in [other.exception() for other in others]:
+                if error is not None and not isinstance(error, _Stopped):
+                    raise error
+        except BaseException:  # Ctrl-C may come at any line
+            stopped.set()
+            raise
+        return functions + [function for other in others for function in other.result()]
 
 
 class _Stopped(Exception):
-    """Another part of the batch failed, or the user has had enough."""
+    """Another part of the batch has failed, or the user has had enough."""
 
 
 def _overfit(
@@ -189,7 +196,8 @@ def _overfit(
     missed, control = list(range(len(latents))), RateControl(targets.sizes)
     for _ in range(CHANCES):
         part = targets.pick(missed)
-        trainer = _Trainer(latents[missed], lmbdas, [pixels[i] for i in missed], preset, control, device, report)
+        own_lmbdas, own_pixels = [lmbdas[i] for i in missed], [pixels[i] for i in missed]
+        trainer = _Trainer(latents[missed], own_lmbdas, own_pixels, preset, control, device, report)
         trainer.done = preset.iterations if functions else 0  # a second chance is not foreseen
         latest = trainer.functions(*trainer.run(seed, part))
         functions = functions or list(latest)
@@ -197,10 +205,10 @@ def _overfit(
         for i, function, size in zip(missed, latest, sizes, strict=True):
             if _is_nearer(size, targets.measure(functions[i], i), targets.sizes[i]):
                 functions[i] = function
-        again = control.missed(sizes, trainer.trained_lmbdas)
+        again = control.missed(sizes, trainer.first_lmbdas)
         if not again:
             break
-        control = control.restart(again, [latest[i].networks for i in again])
+        control = control.restart(again, [latest[i].networks for i in again], [sizes[i] for i in again])
         missed = [missed[i] for i in again]
     return functions
 
@@ -234,6 +242,7 @@ class _Trainer:
         self.control = control
         if control is not None:
             self.lmbdas = control.first_lambdas(self.latents, self.pixels, sum(self.packing.sizes))
+        self.first_lmbdas = self.lmbdas.clone()
         self.trained_lmbdas = self.lmbdas  # those of `finish` are of a few iterations only
         self.report = report or (lambda progress: None)
         self.done = 0

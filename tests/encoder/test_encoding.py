@@ -1,5 +1,7 @@
 """Latents and photos through the whole encoder, and back."""
 
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from clric_decoder import ClricError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
-from clric_encoder import encode, encode_latent, function
+from clric_encoder import encode, encode_latent, function, overfit
 from clric_encoder.canvas import Canvas
 from clric_encoder.encoding import encode_latents
 from clric_encoder.function import Packing
@@ -114,6 +116,58 @@ def test_the_pure_torch_way_of_other_devices(monkeypatch) -> None:
     assert len(coded(latent)) == pytest.approx(len(compiled), rel=0.05)
     assert error(coded(latent), latent) == pytest.approx(error(compiled, latent), rel=0.1)
     assert 0.97 * 700 <= len(coded(latent, None, size=700, preset="fast")) <= 700
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two parts of a batch, whatever the tests' own number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("rate", [Rate(0.3), Rate(bpp=0.3)])
+def test_threads_share_a_batch(rate) -> None:
+    """Three latents on two threads: each stream is of its own latent, and of its own size."""
+    latents = np.stack([smooth_latent(4, 16, 16, seed) for seed in range(3)])
+    sizes = [(128, 128), (128, 121), (121, 121)]
+    for encoded, latent, size in zip(
+        encode_latents(latents, sizes, "sd1", rate, preset="quick"), latents, sizes, strict=True
+    ):
+        header = read_header(encoded.data)
+        assert (header.width, header.height) == size
+        assert error(encoded.data, latent) < 0.5 * latent.var()
+        assert rate.bpp is None or 0.97 * rate.bpp <= header.bpp <= rate.bpp
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
+def test_a_fault_stops_all_threads_of_a_batch(fault, monkeypatch) -> None:
+    """The other part would go on for a long time. Ctrl-C comes in the first, too little memory in the second."""
+    long = replace(PRESETS["quick"].stages[0], iterations=300_000)
+    monkeypatch.setitem(PRESETS, "quick", replace(PRESETS["quick"], stages=(long,)))
+    seen = []
+
+    def interrupt(progress) -> None:
+        seen.append(progress.iteration)
+        if fault is KeyboardInterrupt and progress.iteration > 100:
+            raise fault
+
+    adam = overfit._adam
+
+    def fail(*arguments) -> None:
+        if fault is MemoryError and threading.current_thread() is not threading.main_thread():
+            raise fault
+        adam(*arguments)
+
+    monkeypatch.setattr(overfit, "_adam", fail)
+    latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
+    with pytest.raises(fault):
+        encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick", progress=interrupt)
+    assert max(seen, default=0) < 30_000
 
 
 @pytest.mark.parametrize(("side", "limit"), [(8, 120), (16, 60), (16, 330)])

@@ -10,7 +10,7 @@ from clric_decoder.context import build_arms, predict
 from clric_decoder.entropy import ideal_bits
 from clric_decoder.networks import Parameters, parameter_groups
 from clric_decoder.synthesis import synthesize as decode
-from clric_encoder import function
+from clric_encoder import function, kernels
 from clric_encoder.canvas import Canvas
 from clric_encoder.function import GridBits, Packing, Synthesis
 from clric_encoder.parameters import as_networks
@@ -132,26 +132,23 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
+    """With the ARM on threads of its own beside the synthesis."""
     architecture = ARCHITECTURES["size-7x5"]
     layout, packing = Canvas(architecture, 96, 128, CPU), Packing(architecture, CPU)
     canvas = join(layout, [2 * torch.randn(3, *shape) for shape in layout.shapes])
     networks = packing.split(packing.defaults + 0.1 * torch.randn(3, len(packing.defaults)))
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with function.function_threads(threads):
-            assert torch.get_num_threads() == 1
+    for threads in (1, 2, 5):
+        with kernels.without_torch_threads(), kernels.own_threads(threads):
             to_canvas, to_vectors = torch.zeros_like(canvas), torch.zeros(3, len(packing.defaults))
-            grid_bits = GridBits(canvas, networks, architecture, layout, torch.ones(3))
-            grid_bits.backward(packing.split(to_vectors), to_canvas)
-            synthesis = Synthesis(canvas, networks, architecture, layout)
-            synthesis.backward(synthesis.latents, packing.split(to_vectors), to_canvas)
-            results.append((grid_bits.bits, synthesis.latents, to_canvas, to_vectors))
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+            to_networks, targets = packing.split(to_vectors), torch.zeros(3, 4, 96, 128)
+            losses = function.add_gradients(
+                canvas, networks, architecture, layout, targets, torch.ones(3), to_networks, to_canvas
+            )
+            results.append((*losses, to_canvas, to_vectors, GridBits(canvas, networks, architecture, layout).bits))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
 
 
 def test_soft_rounding_and_its_gradient() -> None:

@@ -400,7 +400,7 @@ def _sheet(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -
     coded = [name for name in codecs(mine) if any(row["codec"] == name and row["bpp"] for row in mine)]
     if not original.is_file() or not coded:
         return None
-    rate = float((first[len(first) // 2] if first else mine[0])["bpp"])
+    rate = float(first[len(first) // 2]["bpp"] if first else next(row["bpp"] for row in mine if row["bpp"]))
     chosen = [nearest([row for row in mine if row["codec"] == name], rate) for name in coded]
     cells = [(original, "original", photo.name)]
     cells += [_cell(row, lpips, folder) for row in chosen if row]
