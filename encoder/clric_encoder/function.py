@@ -189,9 +189,8 @@ class _Convolved:
     """
 
     def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        self._shape = batch, channels, height, width = inputs.shape
-        if weight.shape[2] < channels:  # depthwise: each channel is a convolution of its own
-            inputs, weight, bias = inputs.flatten(0, 1)[:, None], weight.flatten(0, 1)[:, None], bias.reshape(-1, 1)
+        self._shape = batch, _, height, width = inputs.shape
+        inputs, weight, bias = _dense(inputs, weight, bias)
         self._weight, self._margin = weight, weight.shape[3] // 2
         around = (self._margin, self._margin, self._margin, self._margin + 1)
         self._flat = (F.pad(inputs, around, mode="replicate") if self._margin else inputs).flatten(2)
@@ -224,10 +223,8 @@ class _CompiledConvolved:
 
     def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self._shape, self._weight_shape = inputs.shape, weight.shape
-        if weight.shape[2] < inputs.shape[1]:  # depthwise: each channel is a convolution of its own
-            inputs, weight, bias = inputs.flatten(0, 1)[:, None], weight.flatten(0, 1)[:, None], bias.reshape(-1, 1)
-        self._inputs, self._weight = inputs, weight
-        outputs = kernels.convolve(inputs, weight, bias)
+        self._inputs, self._weight, bias = _dense(inputs, weight, bias)
+        outputs = kernels.convolve(self._inputs, self._weight, bias)
         self.outputs = outputs.view(self._shape[0], -1, *self._shape[2:])
 
     def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -236,6 +233,15 @@ class _CompiledConvolved:
         gradient = gradient.reshape(len(self._weight), -1, *self._shape[2:])
         to_inputs, to_weight, to_bias = kernels.convolve_backward(gradient, self._inputs, self._weight)
         return to_inputs.view(self._shape), to_weight.view(self._weight_shape), to_bias.view(batch, outputs)
+
+
+def _dense(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A depthwise convolution as one for each channel, with a batch axis of them all; any other as it is."""
+    if weight.shape[2] == inputs.shape[1]:
+        return inputs, weight, bias
+    return inputs.flatten(0, 1)[:, None], weight.flatten(0, 1)[:, None], bias.reshape(-1, 1)
 
 
 def _shifts(kernel: int, stride: int) -> list[int]:

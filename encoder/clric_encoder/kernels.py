@@ -524,17 +524,17 @@ def _lines(plane: np.ndarray, top: int, bottom: int, lines: np.ndarray) -> None:
 
 @_compiled
 def _add_neighbours(
-    first: np.ndarray, second: np.ndarray, a: np.ndarray, b: np.ndarray, lines: np.ndarray, start: int, stride: int
+    first: np.ndarray, second: np.ndarray, a: np.ndarray, b: np.ndarray, lines: np.ndarray, stride: int
 ) -> None:
-    """Adds what lines hold from start on, at a stride's distance three times three, by weights a and b."""
+    """Adds 3x3 neighbours, in lines a stride apart: to the first weighted by a, to the second weighted by b."""
     n = len(first)
     for s in range(0, 9, 3):
+        start = s // 3 * stride
         u, v, w = lines[start : start + n], lines[start + 1 : start + 1 + n], lines[start + 2 : start + 2 + n]
         ax, ay, az, bx, by, bz = a[s], a[s + 1], a[s + 2], b[s], b[s + 1], b[s + 2]
         for i in range(n):
             first[i] += ax * u[i] + ay * v[i] + az * w[i]
             second[i] += bx * u[i] + by * v[i] + bz * w[i]
-        start += stride
 
 
 @_compiled
@@ -561,7 +561,7 @@ def _convolve(
             sums[o], sums[o + 1] = biases[b, o], biases[b, min(o + 1, outputs - 1)]
             for c in range(channels):
                 other = weights[b, min(o + 1, outputs - 1), c]
-                _add_neighbours(sums[o], sums[o + 1], weights[b, o, c], other, lines[c], 0, stride)
+                _add_neighbours(sums[o], sums[o + 1], weights[b, o, c], other, lines[c], stride)
         for o in range(outputs):
             for y in range(top, bottom):
                 start = (y - top) * stride
@@ -617,7 +617,7 @@ def _convolve_backward(
         for c in range(0, channels, 2):
             for o in range(outputs):
                 other = backwards[min(c + 1, channels - 1), o]
-                _add_neighbours(sums[c], sums[c + 1], backwards[c, o], other, around[o], 0, wide)
+                _add_neighbours(sums[c], sums[c + 1], backwards[c, o], other, around[o], wide)
         for c in range(channels):
             to_inputs[b, c, top:bottom] = 0
             first = top - 1 if top == 0 else top

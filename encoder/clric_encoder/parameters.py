@@ -56,15 +56,16 @@ def quantize_networks(
         if group.name.startswith("arm") or group.name == "grid_scales":
             return own + prices * GridBits(canvas, values, architecture, layout).bits.cpu().double().numpy()
         layer = int(group.name[-1]) if group.name.startswith("synthesis.weight") else 0
-        like = None if group.name == "upsampler" else synthesis
-        errors = Synthesis(canvas, values, architecture, layout, like, layer).latents - latents
+        errors = Synthesis(canvas, values, architecture, layout, synthesis, layer).latents - latents
         return own + errors.square().mean((1, 2, 3)).cpu().double().numpy()
 
     quantized: list[list[Parameters]] = []
     for refine in (False, True) if refined else (False,):
         for number, group in enumerate(parameter_groups(architecture)):
             tick()
-            synthesis = Synthesis(canvas, current, architecture, layout)
+            # What comes before the group's layer is the same in all trials
+            of_synthesis = group.name.startswith("synthesis")
+            synthesis = Synthesis(canvas, current, architecture, layout) if of_synthesis else None
             if refine:
                 quantized[number] = _shrink(quantized[number], costs)
             else:
