@@ -26,10 +26,13 @@ class Canvas:
     """The places of the grids of an architecture for latents of one size, on one device.
 
     shapes: (channels, height, width) of each level. rows, stride: the canvas's size. mask: (rows, stride) float32, one
-    where a grid value is. planes: (rows,) the number of the plane that a row belongs to, over all levels.
+    where a grid value is. planes: first row, height and width of each plane, over all levels. plane_numbers: (rows,)
+    which of them a row belongs to.
     lead: zeros that stand before the flattened canvas where neighbours are looked up.
-    neighbours: how far back each neighbour is in the flattened canvas.
+    offsets: (neighbours, 2) int64 array, how far down and right of a value each neighbour stands.
+    neighbours: how far on each is in the flattened canvas.
     places: (planes, 2) int64 array, the level and the first row of each plane. sizes: (levels, 2) int64 array.
+    ends: (levels,) int64 array, where the planes of each level would end if one of each lay behind each other.
     doublings: for each level but the last, the `Doubling` that leads to it along rows and along columns.
     """
 
@@ -43,15 +46,17 @@ class Canvas:
             rows += channels * (REACH + level_height)
         self.rows = rows
         self.lead = REACH * self.stride + REACH
-        self.neighbours = [dy * self.stride + dx for dy, dx in NEIGHBOURS[: architecture.neighbours]]
+        self.offsets = np.array(NEIGHBOURS[: architecture.neighbours], np.int64).reshape(-1, 2)
+        self.neighbours = [dy * self.stride + dx for dy, dx in self.offsets.tolist()]
         mask = torch.zeros(1, rows, self.stride, device=device)
         for grid in self.split(mask):
             grid.fill_(1)
         self.mask = mask[0]
         heights = [REACH + level_height for channels, level_height, _ in self.shapes for _ in range(channels)]
         planes = torch.arange(len(heights)).repeat_interleave(torch.tensor(heights, dtype=torch.int64))
-        self.planes = planes.to(device)
+        self.plane_numbers = planes.to(device)
         self.sizes = np.array([size for _, *size in self.shapes], np.int64)
+        self.ends = np.cumsum(self.sizes.prod(1))
         tops = zip(self.tops, self.shapes, strict=True)
         self.places = np.array(
             [
@@ -61,6 +66,7 @@ class Canvas:
             ],
             np.int64,
         ).reshape(-1, 2)
+        self.planes = tuple((top, *self.shapes[level][1:]) for level, top in self.places.tolist())
         self.doublings = [
             tuple(Doubling(coarse, fine, device) for coarse, fine in zip(coarser[1:], finer[1:], strict=True))
             for finer, coarser in pairwise(self.shapes)
@@ -80,6 +86,11 @@ class Canvas:
         """The part of the flattened canvas that the planes of these levels take."""
         tops = [*self.tops, self.rows]
         return slice(tops[levels.start] * self.stride, tops[levels.stop] * self.stride)
+
+    def planes_of(self, levels: range) -> slice:
+        """The planes of these levels, among all."""
+        ends = np.cumsum([0, *(channels for channels, _, _ in self.shapes)])
+        return slice(int(ends[levels.start]), int(ends[levels.stop]))
 
     def _extra_inputs(self, architecture: Architecture) -> torch.Tensor:
         """(earlier + coarser, rows * stride) int64: where the ARM's other inputs lie behind `lead`; -lead is zero.

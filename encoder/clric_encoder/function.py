@@ -77,7 +77,7 @@ class Synthesis:
         if like is None:
             taps = networks["upsampler"]
             self._upsampled: _Upsampled | kernels.Upsampled = (
-                kernels.Upsampled(canvas, taps, layout.places, layout.sizes)
+                kernels.Upsampled(canvas, taps, layout.places, layout.sizes, layout.ends)
                 if compiled(canvas.device)
                 else _Upsampled(canvas, taps, layout)
             )
@@ -88,7 +88,7 @@ class Synthesis:
         self._layers: list[tuple[SynthesisLayer, _Convolved | _CompiledConvolved]]
         self._layers = [] if like is None else like._layers[:layer]
         for number, shape in enumerate(architecture.synthesis[layer:], layer):
-            convolution = _CompiledConvolved if compiled(canvas.device) and shape.kernel == 3 else _Convolved
+            convolution = _CompiledConvolved if compiled(canvas.device) else _Convolved
             convolved = convolution(inputs[-1], networks[f"synthesis.weight{number}"], biases[number])
             self._layers.append((shape, convolved))
             outputs = convolved.outputs
@@ -219,7 +219,7 @@ class _Convolved:
 
 
 class _CompiledConvolved:
-    """The same by compiled loops, for kernels of 3x3."""
+    """The same by compiled loops."""
 
     def __init__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self._shape, self._weight_shape = inputs.shape, weight.shape
@@ -294,26 +294,26 @@ class GridBits:
         layout: Canvas,
         prices: torch.Tensor | None = None,
     ) -> None:
-        self._flat = canvas.flatten(1)
+        self._canvas = canvas
         levels = range(len(layout.shapes))
         groups = (range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)
         # The compiled ARM knows no other inputs than neighbours
         arm_bits = _CompiledArmBits if compiled(canvas.device) and not len(layout.extras) else _ArmBits
         self._parts = [
-            arm_bits(self._flat, prices, f"arm{number}", networks, architecture, layout, layout.span(group))
+            arm_bits(canvas, prices, f"arm{number}", networks, architecture, layout, group)
             for number, group in enumerate(groups)
-            if layout.span(group).start < layout.span(group).stop
+            if layout.planes[layout.planes_of(group)]
         ]
 
     @property
     def bits(self) -> torch.Tensor:
         """(batch,)."""
-        return sum((part.bits for part in self._parts), self._flat.new_zeros(len(self._flat)))
+        return sum((part.bits for part in self._parts), self._canvas.new_zeros(len(self._canvas)))
 
     def backward(self, to_networks: Networks, to_canvas: torch.Tensor) -> None:
         """Adds the gradients of the bits, each function's multiplied by its price; `to_canvas` is as the canvas."""
         for part in self._parts:
-            part.backward(to_networks, to_canvas.flatten(1))
+            part.backward(to_networks, to_canvas)
 
 
 def _arm_matrices(networks: Networks, name: str, layers: int) -> list[torch.Tensor]:
@@ -329,14 +329,15 @@ class _ArmBits:
 
     def __init__(
         self,
-        flat: torch.Tensor,
+        canvas: torch.Tensor,
         prices: torch.Tensor | None,
         name: str,
         networks: Networks,
         architecture: Architecture,
         layout: Canvas,
-        span: slice,
+        levels: range,
     ) -> None:
+        flat, span = canvas.flatten(1), layout.span(levels)
         self._flat, self._prices, self._name, self._layout, self._span = flat, prices, name, layout, span
         seen = F.pad(flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
         biases = networks[f"{name}.bias"].split(arm_sizes(architecture)[1:], 1)
@@ -350,7 +351,7 @@ class _ArmBits:
             self._activations.append(hidden.clamp_(0, LARGEST_ACTIVATION))
         outputs = torch.baddbmm(biases[-1][:, :, None], self._matrices[-1], self._activations[-1])
         mean, self._log_scale = outputs.unbind(1)
-        self._rows = layout.planes[span.start // layout.stride : span.stop // layout.stride]
+        self._rows = layout.plane_numbers[span.start // layout.stride : span.stop // layout.stride]
         self._has_scales = "grid_scales" in networks
         if self._has_scales:
             scales = networks["grid_scales"][:, self._rows, None]
@@ -369,9 +370,10 @@ class _ArmBits:
         self._probability.clamp_min_(SMALLEST_PROBABILITY)
         self.bits = -(torch.log2(self._probability) @ layout.mask.flatten()[span])
 
-    def backward(self, to_networks: Networks, to_flat: torch.Tensor) -> None:
+    def backward(self, to_networks: Networks, to_canvas: torch.Tensor) -> None:
         """Adds gradients."""
         assert self._prices is not None
+        to_flat = to_canvas.flatten(1)
         layout, span, rate = self._layout, self._span, self._rate
         batch, first, count = len(to_flat), layout.lead + span.start, span.stop - span.start
         slope = (layout.mask.flatten()[span] * self._prices[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
@@ -410,26 +412,27 @@ class _CompiledArmBits:
 
     def __init__(
         self,
-        flat: torch.Tensor,
+        canvas: torch.Tensor,
         prices: torch.Tensor | None,
         name: str,
         networks: Networks,
         architecture: Architecture,
         layout: Canvas,
-        span: slice,
+        levels: range,
     ) -> None:
         self._name = name
         sizes = arm_sizes(architecture)
         matrices = _arm_matrices(networks, name, len(sizes) - 1)
         self._shapes = [matrix.shape for matrix in matrices]
-        self._rows = layout.planes[span.start // layout.stride : span.stop // layout.stride]
-        scales = networks["grid_scales"][:, self._rows] if "grid_scales" in networks else None
+        self._planes = layout.planes_of(levels)
+        scales = (
+            networks["grid_scales"] if "grid_scales" in networks else canvas.new_zeros(len(canvas), len(layout.planes))
+        )
         self._arm_bits = kernels.ArmBits(
-            flat,
-            layout.mask.flatten(),
-            span,
-            layout.neighbours,
-            flat.new_zeros(len(flat), len(self._rows)) if scales is None else scales,
+            canvas,
+            layout.planes[self._planes],
+            layout.offsets,
+            scales[:, self._planes],
             torch.cat([matrix.flatten(1) for matrix in matrices], 1),
             networks[f"{name}.bias"],
             sizes,
@@ -442,12 +445,12 @@ class _CompiledArmBits:
         """(batch,)."""
         return self._arm_bits.bits
 
-    def backward(self, to_networks: Networks, to_flat: torch.Tensor) -> None:
+    def backward(self, to_networks: Networks, to_canvas: torch.Tensor) -> None:
         """As `_ArmBits.backward`."""
         by_scales, by_weights, by_biases = self._arm_bits.gradients()
-        self._arm_bits.add_to(to_flat)
+        self._arm_bits.add_to(to_canvas)
         if "grid_scales" in to_networks:
-            to_networks["grid_scales"].index_add_(1, self._rows, by_scales)
+            to_networks["grid_scales"][:, self._planes] += by_scales
         to_networks[f"{self._name}.bias"] += by_biases
         parts = by_weights.split([shape[1:].numel() for shape in self._shapes], 1)
         for layer, part in enumerate(parts):

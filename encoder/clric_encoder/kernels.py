@@ -10,6 +10,7 @@ Arrays and tensors are of float32 where nothing else is said.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import threading
@@ -19,45 +20,55 @@ from typing import Any
 
 import numpy as np
 import torch
+from clric_decoder.context import REACH
 from numba import njit
 
-# Values of a block, about: with its activations it fits the second cache of a core.
+# Values of a block at most: with its activations it fits the second cache of a core.
 _BLOCK = 1024
 
+# What is kept of a line of a tile of a convolution, at most, and columns of such a tile.
+_ROOM, _COLUMNS = 2048, 128
+
 # Multiply-accumulates for which it pays to wake a thread.
-_LEAST_WORK = 3_000_000
+_LEAST_WORK = 6_000_000
 
 _LOG2_E = np.float32(1 / math.log(2))
 _LN_2 = np.float32(math.log(2))
 
 # The compiler turns a loop into vector instructions if it has to make sure of no more than eight pairs of arrays, one
-# of them written to, that they do not overlap. Loops are kept below that, and a number without a type (float64) away.
+# of them written to, that they do not overlap. Rows of one array count as one where it knows how long they are: the
+# loops that cost most work on arrays whose rows have a constant length, in the function that makes them (what stands
+# in functions of their own is inlined) or below that limit. A number without a type (float64) is kept away, and so are
+# indices that might be negative.
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    options: dict[str, Any] = {"fastmath": True, "nogil": True}
+def _compiled(function: Callable[..., Any], **more: Any) -> Any:
+    options: dict[str, Any] = {"fastmath": True, "nogil": True, **more}
     try:
         return njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep the result in can be written to
         return njit(function, **options)
 
 
-class ArmBits:
-    """Bits of a part of a canvas by an ARM, and their gradients; begun here, and waited for where asked for.
+def _inlined(function: Callable[..., Any]) -> Any:
+    return _compiled(function, inline="always")
 
-    flat: (batch, n) a flattened canvas. mask: (n,). span: the part, whole rows. distances: how far back in the canvas
-    each input stands. scales: (batch, rows), added to the logarithm of the scale. weights, biases: (batch, all
-    layers'), a layer's weights (outputs, inputs). sizes: widths from the inputs to the two outputs. limits: largest
-    context and activation, range of the logarithm of the scale, smallest probability. prices: (batch,), what gradients
-    are multiplied by; None where they are not wanted.
+
+class ArmBits:
+    """Bits of planes of a canvas by an ARM, and their gradients; begun here, and waited for where asked for.
+
+    canvas: (batch, rows, stride). planes: first row, height and width of each. neighbours: (inputs, 2) int64, how far
+    down and right each input stands. scales: (batch, planes), added to the logarithm of the scale. weights, biases:
+    (batch, all layers'), a layer's weights (outputs, inputs). sizes: widths from the inputs to the two outputs.
+    limits: largest context and activation, range of the logarithm of the scale, smallest probability. prices: (batch,),
+    what gradients are multiplied by; None where they are not wanted.
     """
 
     def __init__(
         self,
-        flat: torch.Tensor,
-        mask: torch.Tensor,
-        span: slice,
-        distances: Sequence[int],
+        canvas: torch.Tensor,
+        planes: tuple[tuple[int, int, int], ...],
+        neighbours: np.ndarray,
         scales: torch.Tensor,
         weights: torch.Tensor,
         biases: torch.Tensor,
@@ -65,28 +76,27 @@ class ArmBits:
         limits: Sequence[float],
         prices: torch.Tensor | None,
     ) -> None:
-        batch, count = len(flat), span.stop - span.start
-        stride = count // scales.shape[1]
-        block = max(1, _BLOCK // stride) * stride
-        blocks = -(-count // block)
-        self._bits = torch.empty(batch, blocks)
+        batch, stride = len(canvas), canvas.shape[2]
+        blocks, count = _blocks(planes, stride)
+        self._bits = torch.empty(batch, len(blocks))
         wanted = 0 if prices is None else batch
-        self._by_mean, self._by_inputs = torch.empty(wanted, count), torch.empty(wanted, len(distances), count)
-        self._by_scales = torch.empty(wanted, scales.shape[1])
-        self._by_weights = torch.empty(wanted, blocks, weights.shape[1])
-        self._by_biases = torch.empty(wanted, blocks, biases.shape[1])
-        self._flat, self._span = flat, span
-        self._distances, self._limits = np.array(distances, np.int64), np.array(limits, np.float32)
-        self._work = batch * count * weights.shape[1]
-        arrays = _arrays(flat, mask, scales, weights, biases, torch.empty(0) if prices is None else prices)
+        self._by_mean, self._by_inputs = torch.empty(wanted, count), torch.empty(wanted, len(neighbours), count)
+        self._by_scales = torch.empty(wanted, len(blocks))
+        self._by_weights = torch.empty(wanted, len(blocks), weights.shape[1])
+        self._by_biases = torch.empty(wanted, len(blocks), biases.shape[1])
+        self._canvas, self._blocks, self._neighbours = canvas, blocks, neighbours
+        self._planes = torch.from_numpy(blocks[:, _PLANE])
+        self._limits = np.array(limits, np.float32)
+        self._work = 3 * batch * count * weights.shape[1]
+        arrays = _arrays(canvas, scales, weights, biases, torch.empty(0) if prices is None else prices)
         arrays += _arrays(self._bits, self._by_mean, self._by_inputs, self._by_scales)
         arrays += _arrays(self._by_weights, self._by_biases)
-        places = (self._distances, np.array(sizes), self._limits, span.start, count, stride, block)
+        arrays += [blocks, neighbours, np.array(sizes), self._limits]
         if prices is None:  # the bits are asked for at once
-            _spread(_arm_bits, batch * blocks, self._work, *arrays, *places)
+            _spread(_arm_bits, batch * len(blocks), self._work, *arrays)
             self._wait = _nothing
         else:
-            self._wait = _start(_arm_bits, batch * blocks, self._work, *arrays, *places)
+            self._wait = _start(_arm_bits, batch * len(blocks), self._work, *arrays)
 
     @property
     def bits(self) -> torch.Tensor:
@@ -97,26 +107,65 @@ class ArmBits:
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """By scales, weights and biases."""
         self._wait()
-        return self._by_scales, self._by_weights.sum(1), self._by_biases.sum(1)
+        by_scales = self._by_scales.new_zeros(len(self._by_scales), int(self._blocks[-1, _PLANE]) + 1)
+        by_scales.index_add_(1, self._planes, self._by_scales)
+        return by_scales, self._by_weights.sum(1), self._by_biases.sum(1)
 
-    def add_to(self, to_flat: torch.Tensor) -> None:
+    def add_to(self, to_canvas: torch.Tensor) -> None:
         """Adds the gradients by the values of the canvas, themselves and as neighbours."""
         self._wait()
-        parts = -(-to_flat.shape[1] // _BLOCK)
-        arrays = _arrays(self._by_mean, self._by_inputs, self._flat, to_flat)
-        places = (self._distances, self._span.start, self._limits[0])
-        _spread(_scatter, len(to_flat) * parts, self._work, *arrays, *places)
+        arrays = _arrays(self._by_mean, self._by_inputs, self._canvas, to_canvas)
+        arrays += [self._blocks, self._neighbours, self._limits]
+        _spread(_scatter, len(to_canvas) * len(self._blocks), 2 * self._by_inputs.numel(), *arrays)
+
+
+# Columns of a table of blocks: the plane's number, where the block's first value stands in the flattened canvas and
+# among the values of all planes (row by row, without what is around them), rows and columns of the block, its place in
+# the plane, and the plane's size.
+_PLANE, _PLACE, _FIRST, _ROWS, _WIDE, _TOP, _LEFT, _HEIGHT, _WIDTH = range(9)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(planes: tuple[tuple[int, int, int], ...], stride: int) -> tuple[np.ndarray, int]:
+    """The blocks that planes are worked on in, none of them empty, and how many values all of them have."""
+    blocks, count = [], 0
+    for plane, (row, height, width) in enumerate(planes):
+        for top, left, rows, columns in _tiles(height, width, _BLOCK, _BLOCK, 0).tolist():
+            place = (row + top) * stride + REACH + left
+            first = count + top * width + left
+            blocks.append((plane, place, first, rows, columns, top, left, height, width))
+        count += height * width
+    return np.array(blocks, np.int64).reshape(-1, 9), count
+
+
+@functools.lru_cache(maxsize=64)
+def _tiles(height: int, width: int, room: int, columns: int, margin: int) -> np.ndarray:
+    """Tiles of a plane, (tiles, 4) int64: top, left, rows and columns. With margins they have `room` values at most."""
+    across = -(-width // columns)
+    columns = -(-width // max(across, 1))
+    down = -(-height // max(1, min(room // (columns + margin) - margin, height)))
+    rows = -(-height // max(down, 1))
+    tiles = [
+        (top, left, min(rows, height - top), min(columns, width - left))
+        for top in range(0, height, rows)
+        for left in range(0, width, columns)
+    ]
+    return np.array(tiles, np.int64).reshape(-1, 4)
 
 
 def convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A convolution of 3x3 at the edges of which the outermost values go on.
+    """A convolution of 1x1, or one of 3x3 at the edges of which the outermost values go on.
 
-    inputs (batch, in, h, w), weight (batch, out, in, 3, 3), bias (batch, out) -> (batch, out, h, w).
+    inputs (batch, in, h, w), weight (batch, out, in, k, k), bias (batch, out) -> (batch, out, h, w).
     """
     outputs = torch.empty(*weight.shape[:2], *inputs.shape[2:])
-    bands = _bands(inputs)
+    arrays = _arrays(inputs, weight.flatten(3), bias, outputs)
     work = weight.numel() * inputs[0, 0].numel()
-    _spread(_convolve, len(inputs) * bands, work, *_arrays(inputs, weight.flatten(3), bias, outputs), bands)
+    if weight.shape[3] == 1:
+        _spread(_mix, len(inputs) * -(-inputs[0, 0].numel() // _BLOCK), work, *arrays)
+    else:
+        tiles = _tiles(*inputs.shape[2:], _ROOM - 2, _COLUMNS, 2)
+        _spread(_convolve, len(inputs) * len(tiles), work, *arrays, tiles)
     return outputs
 
 
@@ -124,41 +173,38 @@ def convolve_backward(
     gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradient of `convolve` by its outputs -> by inputs, weight and bias."""
-    batch, outputs, channels = weight.shape[:3]
-    bands = _bands(inputs)
+    batch, outputs = weight.shape[:2]
+    tiles = _tiles(*inputs.shape[2:], _ROOM - 2, _COLUMNS, 4)
+    parts = len(tiles) if weight.shape[3] > 1 else -(-inputs[0, 0].numel() // _BLOCK)
     to_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    to_weight, to_bias = torch.empty(batch, bands, outputs * channels * 9), torch.empty(batch, bands, outputs)
+    to_weight, to_bias = torch.empty(batch, parts, weight[0].numel()), torch.empty(batch, parts, outputs)
     work = 2 * weight.numel() * inputs[0, 0].numel()
     arrays = _arrays(gradient, inputs, weight.flatten(3), to_inputs, to_weight, to_bias)
-    _spread(_convolve_backward, batch * bands, work, *arrays, bands)
+    if weight.shape[3] == 1:
+        _spread(_mix_backward, batch * parts, work, *arrays)
+    else:
+        _spread(_convolve_backward, batch * parts, work, *arrays, tiles)
     return to_inputs, to_weight.sum(1).view_as(weight), to_bias.sum(1)
-
-
-def _bands(planes: torch.Tensor) -> int:
-    """How many bands of rows planes (batch, channels, h, w) are worked on in, none of them empty."""
-    height, width = planes.shape[2:]
-    rows = min(height, max(1, _BLOCK // (width + 2)))
-    rows = -(-height // -(-height // rows))
-    return -(-height // rows)
 
 
 class Upsampled:
     """All planes of a canvas (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
 
     taps: (batch, levels - 1, 4), those of the doubling to each level. places: (planes, 2) int64, the level and the
-    first row of each. sizes: (levels, 2) int64.
+    first row of each. sizes, ends: (levels, 2) and (levels,) int64, of each level's planes, and of their values when
+    the levels lie behind each other.
     """
 
-    def __init__(self, canvas: torch.Tensor, taps: torch.Tensor, places: np.ndarray, sizes: np.ndarray) -> None:
+    def __init__(
+        self, canvas: torch.Tensor, taps: torch.Tensor, places: np.ndarray, sizes: np.ndarray, ends: np.ndarray
+    ) -> None:
         # What each level's plane becomes on its way to the finest: the levels between lie behind each other
-        ends = np.cumsum(sizes.prod(1))
-        self._geometry = (places, sizes, ends - sizes.prod(1) - ends[0])
+        self._geometry = (places, sizes, ends)
         self._taps, self._between = taps, torch.empty(len(canvas), len(places), int(ends[-1] - ends[0]))
-        self.outputs = torch.empty(len(canvas), len(places), *map(int, sizes[0]))
+        self.outputs = torch.empty(len(canvas), len(places), *sizes[0].tolist())
         self._tasks, self._work = len(canvas) * len(places), 8 * self.outputs.numel()
-        _spread(
-            _upsample, self._tasks, self._work, *_arrays(canvas, taps, self._between, self.outputs), *self._geometry
-        )
+        arrays = _arrays(canvas, taps, self._between, self.outputs)
+        _spread(_upsample, self._tasks, self._work, *arrays, *self._geometry)
 
     def backward(self, gradient: torch.Tensor, to_canvas: torch.Tensor) -> torch.Tensor:
         """Of the outputs -> of taps; that of the canvas is added to `to_canvas`."""
@@ -166,6 +212,50 @@ class Upsampled:
         arrays = _arrays(gradient, self._taps, self._between, to_canvas, to_taps)
         _spread(_upsample_backward, self._tasks, 3 * self._work, *arrays, *self._geometry)
         return to_taps.sum(1)
+
+
+def soft_round_with_noise(
+    values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantizer.soft_round_with_noise`."""
+    rounded, slope = torch.empty_like(values), torch.empty_like(values)
+    arrays = [array.reshape(-1) for array in _arrays(values, noise, rounded, slope)]
+    tasks = -(-values.numel() // _BLOCK)
+    _spread(_soft_round, tasks, 40 * values.numel(), *arrays, np.float32(temperature), np.float32(sigma))
+    return rounded, slope
+
+
+def adam(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    betas: tuple[float, float],
+    length: float,
+    epsilon: float,
+) -> None:
+    """A step of `optimizer.Adam`: moments and values change in place."""
+    arrays = [array.reshape(-1) for array in _arrays(values, gradient, mean, square)]
+    _adam(*arrays, np.array([*betas, length, epsilon], np.float32))
+
+
+def soap(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    covariances: torch.Tensor,
+    bases: torch.Tensor,
+    table: Sequence[tuple[int, int, int, int, int]],
+    betas: tuple[float, float],
+    covariance_beta: float,
+    length: float,
+    epsilon: float,
+) -> None:
+    """A step of `optimizer.Soap`: moments, covariances and values change in place."""
+    arrays = _arrays(values, gradient, mean, square, covariances, bases)
+    numbers = np.array([*betas, length, epsilon, covariance_beta], np.float32)
+    _spread(_soap, len(values), len(values) * _LEAST_WORK // 64, *arrays, np.array(table), numbers)
 
 
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
@@ -196,11 +286,18 @@ def without_torch_threads() -> Iterator[None]:
 @contextlib.contextmanager
 def own_threads(count: int) -> Iterator[None]:
     """Gives so many threads to the loops that are called from this one while it lasts."""
-    _threads.free = count
+    _threads.count, _threads.begun = count, []
     try:
         yield
     finally:
-        del _threads.free
+        del _threads.count, _threads.begun
+
+
+def _free() -> int:
+    """This thread, and those of its own that have done what they began."""
+    begun = getattr(_threads, "begun", [])
+    begun[:] = [future for future in begun if not future.done()]
+    return getattr(_threads, "count", 1) - len(begun)
 
 
 def _nothing() -> None:
@@ -212,26 +309,23 @@ def _start(function: Any, tasks: int, work: int, *arguments: Any) -> Callable[[]
 
     Where there is but one thread, or too little work for another one, all is done at once.
     """
-    threads = min(getattr(_threads, "free", 1) // 2, tasks, work // _LEAST_WORK)
+    threads = min(_free() // 2, tasks, work // _LEAST_WORK)
     if threads == 0:
         function(0, tasks, *arguments)
         return _nothing
-    _threads.free -= threads
     futures = _submit(function, tasks, threads, 0, arguments)
+    _threads.begun += futures
 
     def wait() -> None:
-        if futures:
-            for future in futures:
-                future.result()
-            futures.clear()
-            _threads.free += threads
+        for future in futures:
+            future.result()
 
     return wait
 
 
 def _spread(function: Any, tasks: int, work: int, *arguments: Any) -> None:
     """Calls function(first, last, *arguments) for all tasks, on as many threads as are free and the work is worth."""
-    threads = min(getattr(_threads, "free", 1), tasks, 1 + work // _LEAST_WORK)
+    threads = min(_free(), tasks, 1 + work // _LEAST_WORK)
     futures = _submit(function, tasks, threads, 1, arguments)
     function(0, tasks // threads, *arguments)
     for future in futures:
@@ -247,7 +341,7 @@ def _submit(function: Any, tasks: int, parts: int, first: int, arguments: tuple[
 
 @_compiled
 def _exp2(values: np.ndarray, scratch: np.ndarray) -> None:
-    """2^x in place, for x in [-126, 126]: 1e-7 of the result off at most. scratch: int32 of the same length."""
+    """2^x in place, for x in [-126, 126]: 1e-7 of the result off at most. scratch: int32, at least as many."""
     for i in range(len(values)):
         x = min(max(values[i], np.float32(-126)), np.float32(126))
         floor = np.floor(x)
@@ -268,15 +362,159 @@ def _exp2(values: np.ndarray, scratch: np.ndarray) -> None:
 
 
 @_compiled
-def _sum_of_log2(values: np.ndarray, mask: np.ndarray) -> np.floating:
-    """The sum of mask * log2(x) for positive, normal x, each 1e-7 off at most."""
+def _soft_round(
+    first_task: int,
+    last_task: int,
+    values: np.ndarray,
+    noise: np.ndarray,
+    rounded: np.ndarray,
+    slope: np.ndarray,
+    temperature: np.floating,
+    sigma: np.floating,
+) -> None:
+    one, half = np.float32(1), np.float32(0.5)
+    height = one / np.float32(math.tanh(half / temperature))
+    sharpness, steepest = np.float32(2) / temperature * _LOG2_E, (np.float32(2) * height / temperature) ** 2
+    offset = half - half * height
+    first, second = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    floor, whole = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
+    for task in range(first_task, last_task):
+        own = slice(task * _BLOCK, min((task + 1) * _BLOCK, len(values)))
+        x, y, rise = values[own], rounded[own], slope[own]
+        n = len(x)
+        for i in range(n):
+            floor[i] = np.floor(x[i])
+            first[i] = (floor[i] + half - x[i]) * sharpness
+        _exp2(first[:n], whole)
+        shift = noise[own]
+        for i in range(n):
+            first[i] = one / (one + first[i])
+            y[i] = floor[i] + height * first[i] + offset + sigma * shift[i]
+        for i in range(n):
+            floor[i] = np.floor(y[i])
+            second[i] = (floor[i] + half - y[i]) * sharpness
+        _exp2(second[:n], whole)
+        for i in range(n):
+            second[i] = one / (one + second[i])
+            y[i] = floor[i] + height * second[i] + offset
+        for i in range(n):
+            rise[i] = first[i] * (one - first[i]) * second[i] * (one - second[i]) * steepest
+
+
+@_compiled
+def _adam(values: np.ndarray, gradient: np.ndarray, mean: np.ndarray, square: np.ndarray, numbers: np.ndarray) -> None:
+    beta, other_beta, length, epsilon = numbers[0], numbers[1], numbers[2], numbers[3]
+    share, other_share = np.float32(1) - beta, np.float32(1) - other_beta
+    for i in range(len(values)):
+        mean[i] += share * (gradient[i] - mean[i])
+        square[i] = other_beta * square[i] + other_share * gradient[i] * gradient[i]
+        values[i] -= length * mean[i] / (np.sqrt(square[i]) + epsilon)
+
+
+@_compiled
+def _add_row(target: np.ndarray, weight: np.floating, source: np.ndarray) -> None:
+    for i in range(len(target)):
+        target[i] += weight * source[i]
+
+
+@_compiled
+def _turned(matrix: np.ndarray, left: np.ndarray, right: np.ndarray, scratch: np.ndarray, result: np.ndarray) -> None:
+    """result = left^T matrix right, for square matrices of eigenvectors; one without rows leaves its side as it is."""
+    rows = len(matrix)
+    if len(left):
+        scratch[:] = 0
+        for i in range(rows):
+            for k in range(rows):
+                _add_row(scratch[i], left[k, i], matrix[k])
+    else:
+        scratch[:] = matrix
+    if not len(right):
+        result[:] = scratch
+        return
+    result[:] = 0
+    for i in range(rows):
+        for k in range(len(right)):
+            _add_row(result[i], scratch[i, k], right[k])
+
+
+@_compiled
+def _square(matrices: np.ndarray, place: int, side: int) -> np.ndarray:
+    """The matrix that begins at a place, one without rows where that is -1."""
+    side = 0 if place < 0 else side
+    return matrices[max(place, 0) : max(place, 0) + side * side].reshape((side, side))
+
+
+@_compiled
+def _soap(
+    first_task: int,
+    last_task: int,
+    values: np.ndarray,
+    gradient: np.ndarray,
+    mean: np.ndarray,
+    square: np.ndarray,
+    covariances: np.ndarray,
+    bases: np.ndarray,
+    table: np.ndarray,
+    numbers: np.ndarray,
+) -> None:
+    beta, other_beta, length, epsilon, keep = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    share, other_share, learnt = np.float32(1) - beta, np.float32(1) - other_beta, np.float32(1) - keep
+    for b in range(first_task, last_task):
+        for g in range(len(table)):
+            rows, columns = table[g, 1], table[g, 2]
+            own = slice(table[g, 0], table[g, 0] + rows * columns)
+            flat, flat_mean = gradient[b, own], mean[b, own]
+            _add_row(flat_mean, -share, flat_mean)
+            _add_row(flat_mean, share, flat)
+            slopes, moments = flat.reshape((rows, columns)), square[b, own].reshape((rows, columns))
+            left, right = _square(bases[b], table[g, 3], rows), _square(bases[b], table[g, 4], columns)
+            scratch, turned = np.empty((rows, columns), np.float32), np.empty((rows, columns), np.float32)
+            moved = np.empty((rows, columns), np.float32)
+            _turned(slopes, left, right, scratch, turned)
+            _turned(flat_mean.reshape((rows, columns)), left, right, scratch, moved)
+            for i in range(rows):
+                for j in range(columns):
+                    moments[i, j] = other_beta * moments[i, j] + other_share * turned[i, j] * turned[i, j]
+                    moved[i, j] *= length / (np.sqrt(moments[i, j]) + epsilon)
+            # Back: left moved right^T
+            if len(left):
+                scratch[:] = 0
+                for i in range(rows):
+                    for k in range(rows):
+                        _add_row(scratch[i], left[i, k], moved[k])
+            else:
+                scratch[:] = moved
+            target = values[b, own].reshape((rows, columns))
+            for i in range(rows):
+                if len(right):
+                    for j in range(columns):
+                        target[i, j] -= _dot(scratch[i], right[j])
+                else:
+                    _add_row(target[i], np.float32(-1), scratch[i])
+
+            by_row, by_column = (
+                _square(covariances[b], table[g, 3], rows),
+                _square(covariances[b], table[g, 4], columns),
+            )
+            for i in range(len(by_row)):
+                for j in range(rows):
+                    by_row[i, j] += learnt * (_dot(slopes[i], slopes[j]) - by_row[i, j])
+            for i in range(len(by_column)):
+                _add_row(by_column[i], -learnt, by_column[i])
+                for k in range(rows):
+                    _add_row(by_column[i], learnt * slopes[k, i], slopes[k])
+
+
+@_compiled
+def _sum_of_log2(values: np.ndarray, mantissas: np.ndarray) -> np.floating:
+    """The sum of log2(x) for positive, normal x, each 1e-7 off at most. mantissas: int32, at least as many, to use."""
     # x = 2^e * m with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 artanh((m - 1) / (m + 1))
-    whole, mantissas = values.view(np.int32), np.empty(len(values), np.int32)
+    whole = values.view(np.int32)
     total = np.float32(0)
     for i in range(len(values)):
         exponent = (whole[i] - np.int32(0x3F3504F3)) >> np.int32(23)
         mantissas[i] = whole[i] - (exponent << np.int32(23))
-        total += mask[i] * np.float32(exponent)
+        total += np.float32(exponent)
     m = mantissas.view(np.float32)
     for i in range(len(values)):
         s = (m[i] - np.float32(1)) / (m[i] + np.float32(1))
@@ -285,39 +523,100 @@ def _sum_of_log2(values: np.ndarray, mask: np.ndarray) -> np.floating:
         y = np.float32(1 / 5) + q * y
         y = np.float32(1 / 3) + q * y
         y = np.float32(1) + q * y
-        total += mask[i] * (np.float32(2) * _LOG2_E * s * y)
+        total += np.float32(2) * _LOG2_E * s * y
     return total
 
 
-@_compiled
-def _weigh(out: np.ndarray, bias: np.floating, weights: np.ndarray, first: int, step: int, rows: np.ndarray) -> None:
-    """out = bias + sum over k of weights[first + k * step] * rows[k]."""
+@_inlined
+def _weigh(
+    result: np.ndarray,
+    to: int,
+    other: int,
+    biases: tuple[np.floating, np.floating],
+    rows: np.ndarray,
+    at: int,
+    count: int,
+    weights: np.ndarray,
+    first: int,
+    second: int,
+    step: int,
+    n: int,
+) -> None:
+    """result[to] = biases[0] + the sum over k < count of weights[first + k * step] * rows[at + k], and
+    result[other] the same from biases[1] and weights[second] on; n values of each. Both may be one."""
     k = 0
-    if len(rows) >= 8:
-        a, b, c, d = weights[first], weights[first + step], weights[first + 2 * step], weights[first + 3 * step]
-        first += 4 * step
-        e, f, g, h = weights[first], weights[first + step], weights[first + 2 * step], weights[first + 3 * step]
-        first += 4 * step
-        row_a, row_b, row_c, row_d = rows[0], rows[1], rows[2], rows[3]
-        row_e, row_f, row_g, row_h = rows[4], rows[5], rows[6], rows[7]
-        for i in range(len(out)):
-            left = a * row_a[i] + b * row_b[i] + c * row_c[i] + d * row_d[i]
-            out[i] = bias + left + (e * row_e[i] + f * row_f[i] + g * row_g[i] + h * row_h[i])
+    if count >= 8:
+        a0, a1, a2, a3 = weights[first], weights[first + step], weights[first + 2 * step], weights[first + 3 * step]
+        b0, b1, b2, b3 = weights[second], weights[second + step], weights[second + 2 * step], weights[second + 3 * step]
+        p, q = first + 4 * step, second + 4 * step
+        a4, a5, a6, a7 = weights[p], weights[p + step], weights[p + 2 * step], weights[p + 3 * step]
+        b4, b5, b6, b7 = weights[q], weights[q + step], weights[q + 2 * step], weights[q + 3 * step]
+        for i in range(n):
+            x0, x1, x2, x3 = rows[at, i], rows[at + 1, i], rows[at + 2, i], rows[at + 3, i]
+            x4, x5, x6, x7 = rows[at + 4, i], rows[at + 5, i], rows[at + 6, i], rows[at + 7, i]
+            left = biases[0] + (a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3) + (a4 * x4 + a5 * x5 + a6 * x6 + a7 * x7)
+            right = biases[1] + (b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3) + (b4 * x4 + b5 * x5 + b6 * x6 + b7 * x7)
+            result[to, i] = left
+            result[other, i] = right
         k = 8
-    elif len(rows) >= 2:
-        a, b, row_a, row_b = weights[first], weights[first + step], rows[0], rows[1]
-        first += 2 * step
-        for i in range(len(out)):
-            out[i] = bias + a * row_a[i] + b * row_b[i]
+    elif count >= 2:
+        a0, a1, b0, b1 = weights[first], weights[first + step], weights[second], weights[second + step]
+        for i in range(n):
+            x0, x1 = rows[at, i], rows[at + 1, i]
+            left, right = biases[0] + a0 * x0 + a1 * x1, biases[1] + b0 * x0 + b1 * x1
+            result[to, i] = left
+            result[other, i] = right
         k = 2
     else:
-        out[:] = bias
-    while k < len(rows):
-        a, row_a = weights[first], rows[k]
-        first += step
-        for i in range(len(out)):
-            out[i] += a * row_a[i]
+        result[to, :n] = biases[0]
+        result[other, :n] = biases[1]
+    while k < count:
+        a0, b0 = weights[first + k * step], weights[second + k * step]
+        for i in range(n):
+            x0 = rows[at + k, i]
+            left, right = result[to, i] + a0 * x0, result[other, i] + b0 * x0
+            result[to, i] = left
+            result[other, i] = right
         k += 1
+
+
+@_inlined
+def _dots(
+    above: np.ndarray,
+    at: int,
+    outputs: int,
+    below: np.ndarray,
+    to: int,
+    inputs: int,
+    n: int,
+    result: np.ndarray,
+    w: int,
+) -> None:
+    """result[w + j * inputs + k] = the sum over i < n of above[at + j, i] * below[to + k, i]."""
+    for j in range(0, outputs, 2):
+        other = min(j + 1, outputs - 1)
+        x, y, left, right = at + j, at + other, w + j * inputs, w + other * inputs
+        k = 0
+        while k + 4 <= inputs:
+            p = to + k
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+            for i in range(n):
+                a, b = above[x, i], above[y, i]
+                v0, v1, v2, v3 = below[p, i], below[p + 1, i], below[p + 2, i], below[p + 3, i]
+                a0, a1, a2, a3 = a0 + a * v0, a1 + a * v1, a2 + a * v2, a3 + a * v3
+                b0, b1, b2, b3 = b0 + b * v0, b1 + b * v1, b2 + b * v2, b3 + b * v3
+            q = right + k
+            result[q], result[q + 1], result[q + 2], result[q + 3] = b0, b1, b2, b3
+            q = left + k
+            result[q], result[q + 1], result[q + 2], result[q + 3] = a0, a1, a2, a3
+            k += 4
+        while k < inputs:
+            a0 = b0 = np.float32(0)
+            for i in range(n):
+                v0 = below[to + k, i]
+                a0, b0 = a0 + above[x, i] * v0, b0 + above[y, i] * v0
+            result[right + k], result[left + k] = b0, a0
+            k += 1
 
 
 @_compiled
@@ -329,40 +628,10 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.floating:
 
 
 @_compiled
-def _dots(above: np.ndarray, below: np.ndarray, result: np.ndarray, first: int) -> None:
-    """result[first + j * len(below) + k] = sum over i of above[j, i] * below[k, i]."""
-    whole, count = len(above) // 2 * 2, len(below) // 4 * 4
-    for j in range(0, whole, 2):
-        a, b = above[j], above[j + 1]
-        for k in range(0, count, 4):
-            row_p, row_q, row_r, row_s = below[k], below[k + 1], below[k + 2], below[k + 3]
-            ap = aq = ar = as_ = bp = bq = br = bs = np.float32(0)
-            for i in range(len(a)):
-                x, y = a[i], b[i]
-                p, q, r, s = row_p[i], row_q[i], row_r[i], row_s[i]
-                ap += x * p
-                aq += x * q
-                ar += x * r
-                as_ += x * s
-                bp += y * p
-                bq += y * q
-                br += y * r
-                bs += y * s
-            place = first + j * len(below) + k
-            result[place], result[place + 1], result[place + 2], result[place + 3] = ap, aq, ar, as_
-            place += len(below)
-            result[place], result[place + 1], result[place + 2], result[place + 3] = bp, bq, br, bs
-    for j in range(len(above)):
-        for k in range(count if j < whole else 0, len(below)):
-            result[first + j * len(below) + k] = _dot(above[j], below[k])
-
-
-@_compiled
 def _arm_bits(
     first_task: int,
     last_task: int,
-    flat: np.ndarray,
-    mask: np.ndarray,
+    canvas: np.ndarray,
     scales: np.ndarray,
     weights: np.ndarray,
     biases: np.ndarray,
@@ -373,102 +642,114 @@ def _arm_bits(
     by_scales: np.ndarray,
     by_weights: np.ndarray,
     by_biases: np.ndarray,
-    distances: np.ndarray,
+    blocks: np.ndarray,
+    neighbours: np.ndarray,
     sizes: np.ndarray,
     limits: np.ndarray,
-    origin: int,
-    count: int,
-    stride: int,
-    block: int,
 ) -> None:
-    blocks, layers = bits.shape[1], len(sizes) - 1
-    height = sizes.sum()
+    layers, height, stride = len(sizes) - 1, sizes.sum(), canvas.shape[2]
     widest, largest, low, high, least = limits[0], limits[1], limits[2], limits[3], limits[4]
+    activations = np.empty((height, _BLOCK), np.float32)
+    gradients = np.empty((height, _BLOCK), np.float32)
+    own = np.empty(_BLOCK, np.float32)
+    whole = np.empty(_BLOCK, np.int32)
+    rate, inner = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    near, far = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    probability = np.empty(_BLOCK, np.float32)
     for task in range(first_task, last_task):
-        b, c = task // blocks, task % blocks
-        start, stop = c * block, min(count, (c + 1) * block)
-        n = stop - start
-        activations = np.empty((height, n), np.float32)
+        b, c = task // len(blocks), task % len(blocks)
+        block = blocks[c]
+        place, first, rows, wide, width = block[_PLACE], block[_FIRST], block[_ROWS], block[_WIDE], block[_WIDTH]
+        n = rows * wide
+        flat = canvas[b].reshape(-1)
+        for y in range(rows):
+            own[y * wide : (y + 1) * wide] = flat[place + y * stride : place + y * stride + wide]
         for k in range(sizes[0]):
-            inputs_row = activations[k]
-            place = origin + start + distances[k]
-            before = min(max(-place, 0), n)  # beyond the canvas's beginning there are zeros
-            inputs_row[:before] = 0
-            source = flat[b, place + before : place + n]
-            for i in range(n - before):
-                inputs_row[before + i] = min(max(source[i], -widest), widest)
+            for y in range(rows):
+                at = place + (y + neighbours[k, 0]) * stride + neighbours[k, 1]
+                source, target = flat[at : at + wide], activations[k, y * wide : (y + 1) * wide]
+                for i in range(wide):
+                    target[i] = min(max(source[i], -widest), widest)
         at, w, v = 0, 0, 0
         for layer in range(layers):
-            inputs, outputs = sizes[layer], sizes[layer + 1]
-            for j in range(outputs):
-                row = activations[at + inputs + j]
-                _weigh(row, biases[b, v + j], weights[b], w + j * inputs, 1, activations[at : at + inputs])
-                if layer < layers - 1:
+            inputs, outputs, own_weights = sizes[layer], sizes[layer + 1], weights[b]
+            for j in range(0, outputs, 2):
+                other = min(j + 1, outputs - 1)
+                to, pair = at + inputs, (biases[b, v + j], biases[b, v + other])
+                _weigh(
+                    activations, to + j, to + other, pair, activations, at, inputs, own_weights, w + j * inputs,
+                    w + other * inputs, 1, n,
+                )  # fmt: skip
+            if layer < layers - 1:
+                for j in range(at + inputs, at + inputs + outputs):
                     for i in range(n):
-                        row[i] = min(max(row[i], np.float32(0)), largest)
+                        activations[j, i] = min(max(activations[j, i], np.float32(0)), largest)
             at, w, v = at + inputs, w + inputs * outputs, v + outputs
 
         # Laplace, as in clric_encoder.function
         mean, log_scale = activations[at], activations[at + 1]
-        scratch = np.empty(n, np.int32)
-        rate = np.empty(n, np.float32)
-        inner = np.empty(n, np.float32)
-        near = np.empty(n, np.float32)
-        far = np.empty(n, np.float32)
-        probability = np.empty(n, np.float32)
-        values, own = flat[b, origin + start : origin + stop], mask[origin + start : origin + stop]
-        for r in range(n // stride):
-            shift = scales[b, start // stride + r]
-            for i in range(r * stride, (r + 1) * stride):
-                log_scale[i] += shift
+        shift = scales[b, block[_PLANE]]
+        for i in range(n):
+            log_scale[i] += shift
         for i in range(n):
             rate[i] = -min(max(log_scale[i], low), high)
-        _exp2(rate, scratch)
+        _exp2(rate[:n], whole)
         for i in range(n):
-            inner[i] = np.float32(0.5) - abs(values[i] - mean[i])
+            inner[i] = np.float32(0.5) - abs(own[i] - mean[i])
         for i in range(n):
             near[i] = -abs(inner[i]) * rate[i] * _LOG2_E
         for i in range(n):
             far[i] = (inner[i] - np.float32(1)) * rate[i] * _LOG2_E
-        _exp2(near, scratch)
-        _exp2(far, scratch)
+        _exp2(near[:n], whole)
+        _exp2(far[:n], whole)
         for i in range(n):
-            other = np.float32(1) - near[i]
-            both = np.float32(1) - far[i] + (other if inner[i] > 0 else -other)
+            opposite = np.float32(1) - near[i]
+            both = np.float32(1) - far[i] + (opposite if inner[i] > 0 else -opposite)
             probability[i] = max(np.float32(0.5) * both, least)
-        bits[b, c] = -_sum_of_log2(probability, own)
+        bits[b, c] = -_sum_of_log2(probability[:n], whole)
         if not len(prices):
             continue
 
-        gradients = np.empty((height, n), np.float32)
         to_mean, to_scale = gradients[at], gradients[at + 1]
         price = np.float32(-0.5) * _LOG2_E * prices[b]
         for i in range(n):
-            slope = price * own[i] * rate[i] / probability[i]
+            slope = price * rate[i] / probability[i]
             rate[i] = slope if probability[i] > least else np.float32(0)
         for i in range(n):
-            side = rate[i] if values[i] > mean[i] else -rate[i]
+            side = rate[i] if own[i] > mean[i] else -rate[i]
             to_mean[i] = (near[i] - far[i]) * side
         for i in range(n):
             by = (inner[i] * near[i] + (np.float32(1) - inner[i]) * far[i]) * rate[i] * -_LN_2
             to_scale[i] = by if low < log_scale[i] < high else np.float32(0)
-        by_mean[b, start:stop] = to_mean
-        for r in range(n // stride):
-            by_scales[b, start // stride + r] = to_scale[r * stride : (r + 1) * stride].sum()
+        by_scales[b, c] = to_scale[:n].sum()
+        for y in range(rows):
+            start = first + y * width
+            by_mean[b, start : start + wide] = to_mean[y * wide : (y + 1) * wide]
         for layer in range(layers - 1, -1, -1):
             inputs, outputs = sizes[layer], sizes[layer + 1]
             at, w, v = at - inputs, w - inputs * outputs, v - outputs
-            above = gradients[at + inputs : at + inputs + outputs]
-            _dots(above, activations[at : at + inputs], by_weights[b, c], w)
+            own_result = by_weights[b, c]
+            _dots(gradients, at + inputs, outputs, activations, at, inputs, n, own_result, w)
             for j in range(outputs):
-                by_biases[b, c, v + j] = above[j].sum()
-            for k in range(inputs):
-                below = gradients[at + k] if layer else by_inputs[b, k, start:stop]
-                _weigh(below, np.float32(0), weights[b], w + k, inputs, above)
-                if layer:
-                    row = activations[at + k]
-                    for i in range(n):
-                        below[i] = below[i] if np.float32(0) < row[i] < largest else np.float32(0)
+                total = np.float32(0)
+                for i in range(n):
+                    total += gradients[at + inputs + j, i]
+                by_biases[b, c, v + j] = total
+            own_weights = weights[b]
+            for k in range(0, inputs, 2):
+                other = min(k + 1, inputs - 1)
+                _weigh(
+                    gradients, at + k, at + other, (np.float32(0), np.float32(0)), gradients, at + inputs, outputs,
+                    own_weights, w + k, w + other, inputs, n,
+                )  # fmt: skip
+            for k in range(at, at + inputs if layer else at):
+                for i in range(n):
+                    inside = np.float32(0) < activations[k, i] < largest
+                    gradients[k, i] = gradients[k, i] if inside else np.float32(0)
+        for k in range(sizes[0]):
+            for y in range(rows):
+                start = first + y * width
+                by_inputs[b, k, start : start + wide] = gradients[k, y * wide : (y + 1) * wide]
 
 
 @_compiled
@@ -477,64 +758,135 @@ def _scatter(
     last_task: int,
     by_mean: np.ndarray,
     by_inputs: np.ndarray,
-    flat: np.ndarray,
-    to_flat: np.ndarray,
-    distances: np.ndarray,
-    origin: int,
-    widest: np.floating,
+    canvas: np.ndarray,
+    to_canvas: np.ndarray,
+    blocks: np.ndarray,
+    neighbours: np.ndarray,
+    limits: np.ndarray,
 ) -> None:
     """Gradients by inputs, added where the inputs stand, and that by the mean, taken from the value's own."""
-    count, size = by_mean.shape[1], to_flat.shape[1]
-    parts = (size + _BLOCK - 1) // _BLOCK
+    stride, widest = canvas.shape[2], limits[0]
     sums = np.empty(_BLOCK, np.float32)
     for task in range(first_task, last_task):
-        b, start = task // parts, task % parts * _BLOCK
-        stop = min(size, start + _BLOCK)
-        sums[:] = 0
-        for k in range(len(distances)):
-            # Values whose k-th input lies in this part
-            shift = origin + distances[k]
-            first, last = max(0, start - shift), min(count, stop - shift)
-            if first < last:
-                target, source = sums[shift + first - start : shift + last - start], by_inputs[b, k, first:last]
-                for i in range(last - first):
-                    target[i] += source[i]
-        values, result = flat[b, start:stop], to_flat[b, start:stop]
-        for i in range(stop - start):
-            result[i] += sums[i] if -widest < values[i] < widest else np.float32(0)
-        first, last = max(0, start - origin), min(count, stop - origin)
-        if first < last:
-            result, source = to_flat[b, origin + first : origin + last], by_mean[b, first:last]
-            for i in range(last - first):
-                result[i] -= source[i]
+        b, block = task // len(blocks), blocks[task % len(blocks)]
+        place, first, rows, wide = block[_PLACE], block[_FIRST], block[_ROWS], block[_WIDE]
+        top, left, height, width = block[_TOP], block[_LEFT], block[_HEIGHT], block[_WIDTH]
+        for y in range(rows):
+            sums[:wide] = 0
+            for k in range(len(neighbours)):
+                # The values of the row that look here with their k-th input
+                down, right = -neighbours[k, 0], -neighbours[k, 1]
+                if top + y + down >= height:
+                    continue
+                begin, end = max(0, -right - left), min(wide, width - right - left)
+                start = first + (y + down) * width + right
+                if begin < end:
+                    target, source = sums[begin:end], by_inputs[b, k, start + begin : start + end]
+                    for i in range(end - begin):
+                        target[i] += source[i]
+            at = place + y * stride
+            values, result = canvas[b].reshape(-1)[at : at + wide], to_canvas[b].reshape(-1)[at : at + wide]
+            source = by_mean[b, first + y * width : first + y * width + wide]
+            for i in range(wide):
+                result[i] += (sums[i] if -widest < values[i] < widest else np.float32(0)) - source[i]
 
 
 @_compiled
-def _lines(plane: np.ndarray, top: int, bottom: int, lines: np.ndarray) -> None:
-    """Rows top - 1 to bottom of a plane and a column more at each side, flat; the outermost values go on."""
-    height, width = plane.shape
-    stride = width + 2
-    for y in range(top - 1, bottom + 1):
-        start = (y - top + 1) * stride
-        source = plane[min(max(y, 0), height - 1)]
-        lines[start + 1 : start + 1 + width] = source
-        lines[start] = source[0]
-        lines[start + 1 + width] = source[width - 1]
-
-
-@_compiled
-def _add_neighbours(
-    first: np.ndarray, second: np.ndarray, a: np.ndarray, b: np.ndarray, lines: np.ndarray, stride: int
+def _mix(
+    first_task: int, last_task: int, inputs: np.ndarray, weights: np.ndarray, biases: np.ndarray, result: np.ndarray
 ) -> None:
-    """Adds 3x3 neighbours, in lines a stride apart: to the first weighted by a, to the second weighted by b."""
-    n = len(first)
-    for s in range(0, 9, 3):
-        start = s // 3 * stride
-        u, v, w = lines[start : start + n], lines[start + 1 : start + 1 + n], lines[start + 2 : start + 2 + n]
-        ax, ay, az, bx, by, bz = a[s], a[s + 1], a[s + 2], b[s], b[s + 1], b[s + 2]
-        for i in range(n):
-            first[i] += ax * u[i] + ay * v[i] + az * w[i]
-            second[i] += bx * u[i] + by * v[i] + bz * w[i]
+    batch, channels = inputs.shape[:2]
+    outputs, size = result.shape[1], inputs.shape[2] * inputs.shape[3]
+    parts = (size + _BLOCK - 1) // _BLOCK
+    planes, results = inputs.reshape((batch, channels, size)), result.reshape((batch, outputs, size))
+    rows, sums = np.empty((channels, _BLOCK), np.float32), np.empty((2, _BLOCK), np.float32)
+    for task in range(first_task, last_task):
+        b, start = task // parts, task % parts * _BLOCK
+        n = min(_BLOCK, size - start)
+        own_weights = weights[b].reshape(-1)
+        for k in range(channels):
+            rows[k, :n] = planes[b, k, start : start + n]
+        for j in range(0, outputs, 2):
+            other = min(j + 1, outputs - 1)
+            pair = (biases[b, j], biases[b, other])
+            _weigh(sums, 0, 1, pair, rows, 0, channels, own_weights, j * channels, other * channels, 1, n)
+            results[b, j, start : start + n] = sums[0, :n]
+            results[b, other, start : start + n] = sums[other - j, :n]
+
+
+@_compiled
+def _mix_backward(
+    first_task: int,
+    last_task: int,
+    gradient: np.ndarray,
+    inputs: np.ndarray,
+    weights: np.ndarray,
+    to_inputs: np.ndarray,
+    to_weights: np.ndarray,
+    to_biases: np.ndarray,
+) -> None:
+    batch, channels = inputs.shape[:2]
+    outputs, size = gradient.shape[1], inputs.shape[2] * inputs.shape[3]
+    parts = (size + _BLOCK - 1) // _BLOCK
+    planes, slopes = inputs.reshape((batch, channels, size)), gradient.reshape((batch, outputs, size))
+    results = to_inputs.reshape((batch, channels, size))
+    rows, above = np.empty((channels, _BLOCK), np.float32), np.empty((outputs, _BLOCK), np.float32)
+    sums = np.empty((2, _BLOCK), np.float32)
+    for task in range(first_task, last_task):
+        b, part = task // parts, task % parts
+        start = part * _BLOCK
+        n = min(_BLOCK, size - start)
+        own_weights, own_result = weights[b].reshape(-1), to_weights[b, part]
+        for k in range(channels):
+            rows[k, :n] = planes[b, k, start : start + n]
+        for j in range(outputs):
+            above[j, :n] = slopes[b, j, start : start + n]
+            to_biases[b, part, j] = above[j, :n].sum()
+        _dots(above, 0, outputs, rows, 0, channels, n, own_result, 0)
+        for k in range(0, channels, 2):
+            other = min(k + 1, channels - 1)
+            none = (np.float32(0), np.float32(0))
+            _weigh(sums, 0, 1, none, above, 0, outputs, own_weights, k, other, channels, n)
+            results[b, k, start : start + n] = sums[0, :n]
+            results[b, other, start : start + n] = sums[other - k, :n]
+
+
+@_compiled
+def _lines(plane: np.ndarray, top: int, left: int, rows: int, columns: int, lines: np.ndarray) -> None:
+    """A tile of a plane and a row and a column more at each side, flat; the outermost values go on."""
+    height, width = plane.shape
+    stride = columns + 2
+    for y in range(rows + 2):
+        source, line = plane[min(max(top - 1 + y, 0), height - 1)], lines[y * stride : (y + 1) * stride]
+        line[1 : 1 + columns] = source[left : left + columns]
+        line[0] = source[max(left - 1, 0)]
+        line[1 + columns] = source[min(left + columns, width - 1)]
+
+
+@_inlined
+def _add_neighbours(
+    sums: np.ndarray,
+    to: int,
+    other: int,
+    a: np.ndarray,
+    b: np.ndarray,
+    lines: np.ndarray,
+    c: int,
+    step: np.uint64,
+    n: np.uint64,
+) -> None:
+    """Adds 3x3 neighbours in lines[c], whose rows are a step apart: to sums[to] weighted by a, to sums[other] by b."""
+    a0, a1, a2, a3, a4, a5, a6, a7, a8 = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+    b0, b1, b2, b3, b4, b5, b6, b7, b8 = b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8]
+    one, two, twice = np.uint64(1), np.uint64(2), step + step
+    for i in range(n):
+        x0, x1, x2 = lines[c, i], lines[c, i + one], lines[c, i + two]
+        x3, x4, x5 = lines[c, i + step], lines[c, i + step + one], lines[c, i + step + two]
+        x6, x7, x8 = lines[c, i + twice], lines[c, i + twice + one], lines[c, i + twice + two]
+        left = (a0 * x0 + a1 * x1 + a2 * x2) + (a3 * x3 + a4 * x4 + a5 * x5) + (a6 * x6 + a7 * x7 + a8 * x8)
+        right = (b0 * x0 + b1 * x1 + b2 * x2) + (b3 * x3 + b4 * x4 + b5 * x5) + (b6 * x6 + b7 * x7 + b8 * x8)
+        sums[to, i] += left
+        sums[other, i] += right
 
 
 @_compiled
@@ -545,27 +897,26 @@ def _convolve(
     weights: np.ndarray,
     biases: np.ndarray,
     result: np.ndarray,
-    bands: int,
+    tiles: np.ndarray,
 ) -> None:
-    channels, height, width = inputs.shape[1:]
-    outputs = result.shape[1]
-    stride, rows = width + 2, -(-height // bands)
-    lines = np.zeros((channels, (rows + 2) * stride + 2), np.float32)
-    sums = np.empty((outputs + 1, rows * stride), np.float32)  # the last one is nobody's, for an odd number of them
+    channels, outputs = inputs.shape[1], result.shape[1]
+    lines = np.zeros((channels, _ROOM), np.float32)
+    sums = np.empty((2, _ROOM), np.float32)  # the second one is nobody's for the last of an odd number of outputs
     for task in range(first_task, last_task):
-        b, top = task // bands, task % bands * rows
-        bottom = min(top + rows, height)
+        b, tile = task // len(tiles), tiles[task % len(tiles)]
+        top, left, rows, columns = tile[0], tile[1], tile[2], tile[3]
+        stride = columns + 2
+        step, n = np.uint64(stride), np.uint64(rows * stride)
         for c in range(channels):
-            _lines(inputs[b, c], top, bottom, lines[c])
+            _lines(inputs[b, c], top, left, rows, columns, lines[c])
         for o in range(0, outputs, 2):
-            sums[o], sums[o + 1] = biases[b, o], biases[b, min(o + 1, outputs - 1)]
+            other = min(o + 1, outputs - 1)
+            sums[0], sums[1] = biases[b, o], biases[b, other]
             for c in range(channels):
-                other = weights[b, min(o + 1, outputs - 1), c]
-                _add_neighbours(sums[o], sums[o + 1], weights[b, o, c], other, lines[c], stride)
-        for o in range(outputs):
-            for y in range(top, bottom):
-                start = (y - top) * stride
-                result[b, o, y] = sums[o, start : start + width]
+                _add_neighbours(sums, 0, 1, weights[b, o, c], weights[b, other, c], lines, c, step, n)
+            for k in range(1 + other - o):
+                for y in range(rows):
+                    result[b, o + k, top + y, left : left + columns] = sums[k, y * stride : y * stride + columns]
 
 
 @_compiled
@@ -578,85 +929,83 @@ def _convolve_backward(
     to_inputs: np.ndarray,
     to_weights: np.ndarray,
     to_biases: np.ndarray,
-    bands: int,
+    tiles: np.ndarray,
 ) -> None:
     channels, height, width = inputs.shape[1:]
     outputs = gradient.shape[1]
-    stride, rows = width + 2, -(-height // bands)
-    lines = np.zeros((channels, (rows + 2) * stride + 2), np.float32)
-    # The outputs' gradients of a band and of two rows and columns more around it, zero outside of the plane
-    wide = width + 4
-    around = np.zeros((outputs, (rows + 4) * wide + 2), np.float32)
-    own = np.zeros((outputs, rows * stride), np.float32)
-    sums = np.empty((channels + 1, (rows + 2) * wide), np.float32)
-    backwards = np.empty((channels, outputs, 9), np.float32)
+    one, two = np.uint64(1), np.uint64(2)
+    lines = np.zeros((channels, _ROOM), np.float32)
+    # The outputs' gradients of a tile, and with two rows and columns more around it, zero outside of the plane
+    own = np.empty((outputs, _ROOM), np.float32)
+    around = np.empty((outputs, _ROOM), np.float32)
+    sums = np.empty((2, _ROOM), np.float32)
+    backwards = np.empty((2, 9), np.float32)
     for task in range(first_task, last_task):
-        b, band = task // bands, task % bands
-        top = band * rows
-        bottom = min(top + rows, height)
+        b, t = task // len(tiles), task % len(tiles)
+        top, left, rows, columns = tiles[t, 0], tiles[t, 1], tiles[t, 2], tiles[t, 3]
+        stride, wide = columns + 2, columns + 4
+        step, n = np.uint64(stride), np.uint64(rows * stride)
         for c in range(channels):
-            _lines(inputs[b, c], top, bottom, lines[c])
-        around[:] = 0
+            _lines(inputs[b, c], top, left, rows, columns, lines[c])
         own[:] = 0
+        around[:] = 0
+        first, last = max(left - 2, 0), min(left + columns + 2, width)
         for o in range(outputs):
-            for y in range(max(top - 2, 0), min(bottom + 2, height)):
-                start = (y - top + 2) * wide + 2
-                around[o, start : start + width] = gradient[b, o, y]
-            for y in range(top, bottom):
-                own[o, (y - top) * stride : (y - top) * stride + width] = gradient[b, o, y]
-            to_biases[b, band, o] = own[o].sum()
-        _dots_of_neighbours(own, lines, to_weights[b, band], stride)
+            for y in range(max(top - 2, 0), min(top + rows + 2, height)):
+                start = (y - top + 2) * wide + 2 + first - left
+                around[o, start : start + last - first] = gradient[b, o, y, first:last]
+            for y in range(rows):
+                own[o, y * stride : y * stride + columns] = gradient[b, o, top + y, left : left + columns]
+            to_biases[b, t, o] = own[o].sum()
 
-        # What padded inputs give to the outputs around them: padded rows top - 1 to bottom, of which those beyond the
-        # plane's edges belong to its outermost rows
-        for c in range(channels):
+        # Weights: the sums of products with 3x3 neighbours
+        twice = step + step
+        for o in range(0, outputs, 2):
+            other = min(o + 1, outputs - 1)
+            for c in range(channels):
+                a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = a8 = np.float32(0)
+                b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = b8 = np.float32(0)
+                for i in range(n):
+                    x, y = own[o, i], own[other, i]
+                    x0, x1, x2 = lines[c, i], lines[c, i + one], lines[c, i + two]
+                    x3, x4, x5 = lines[c, i + step], lines[c, i + step + one], lines[c, i + step + two]
+                    x6, x7, x8 = lines[c, i + twice], lines[c, i + twice + one], lines[c, i + twice + two]
+                    a0, a1, a2 = a0 + x * x0, a1 + x * x1, a2 + x * x2
+                    a3, a4, a5 = a3 + x * x3, a4 + x * x4, a5 + x * x5
+                    a6, a7, a8 = a6 + x * x6, a7 + x * x7, a8 + x * x8
+                    b0, b1, b2 = b0 + y * x0, b1 + y * x1, b2 + y * x2
+                    b3, b4, b5 = b3 + y * x3, b4 + y * x4, b5 + y * x5
+                    b6, b7, b8 = b6 + y * x6, b7 + y * x7, b8 + y * x8
+                place = (other * channels + c) * 9
+                to = to_weights[b, t, place : place + 9]
+                to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8] = b0, b1, b2, b3, b4, b5, b6, b7, b8
+                place = (o * channels + c) * 9
+                to = to_weights[b, t, place : place + 9]
+                to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8] = a0, a1, a2, a3, a4, a5, a6, a7, a8
+
+        # What padded inputs give to the outputs around them: padded rows top - 1 to bottom and columns left - 1 to
+        # right, of which those beyond the plane's edges belong to its outermost values
+        step, n = np.uint64(wide), np.uint64((rows + 2) * wide)
+        for c in range(0, channels, 2):
+            sums[:] = 0
+            other = min(c + 1, channels - 1)
             for o in range(outputs):
                 for s in range(9):
-                    backwards[c, o, s] = weights[b, o, c, 8 - s]
-        sums[:] = 0
-        for c in range(0, channels, 2):
-            for o in range(outputs):
-                other = backwards[min(c + 1, channels - 1), o]
-                _add_neighbours(sums[c], sums[c + 1], backwards[c, o], other, around[o], wide)
-        for c in range(channels):
-            to_inputs[b, c, top:bottom] = 0
-            first = top - 1 if top == 0 else top
-            last = bottom + 1 if bottom == height else bottom
-            for y in range(first, last):
-                start = (y - top + 1) * wide
-                source, target = sums[c, start : start + width + 2], to_inputs[b, c, min(max(y, 0), height - 1)]
-                for x in range(width):
-                    target[x] += source[x + 1]
-                target[0] += source[0]
-                target[width - 1] += source[width + 1]
-
-
-@_compiled
-def _dots_of_neighbours(own: np.ndarray, lines: np.ndarray, result: np.ndarray, stride: int) -> None:
-    """result[(o * len(lines) + c) * 9 + s] = the sum of own[o] times lines[c] from the s-th of 3x3 places on."""
-    outputs, n = own.shape
-    channels = len(lines)
-    for o in range(0, outputs, 2):
-        a, b = own[o], own[min(o + 1, outputs - 1)]
-        for c in range(channels):
-            for s in range(0, 9, 3):
-                start = s // 3 * stride
-                row_u, row_v = lines[c, start : start + n], lines[c, start + 1 : start + 1 + n]
-                row_w = lines[c, start + 2 : start + 2 + n]
-                au = av = aw = bu = bv = bw = np.float32(0)
-                for i in range(n):
-                    x, y, u, v, w = a[i], b[i], row_u[i], row_v[i], row_w[i]
-                    au += x * u
-                    av += x * v
-                    aw += x * w
-                    bu += y * u
-                    bv += y * v
-                    bw += y * w
-                place = (o * channels + c) * 9 + s
-                result[place], result[place + 1], result[place + 2] = au, av, aw
-                if o + 1 < outputs:
-                    place += channels * 9
-                    result[place], result[place + 1], result[place + 2] = bu, bv, bw
+                    backwards[0, s], backwards[1, s] = weights[b, o, c, 8 - s], weights[b, o, other, 8 - s]
+                _add_neighbours(sums, 0, 1, backwards[0], backwards[1], around, o, step, n)
+            for k in range(1 + other - c):
+                result = to_inputs[b, c + k]
+                result[top : top + rows, left : left + columns] = 0
+                for y in range(top - 1 if top == 0 else top, top + rows + (top + rows == height)):
+                    start = (y - top + 1) * wide
+                    source, target = sums[k, start : start + wide], result[min(max(y, 0), height - 1)]
+                    inner = target[left : left + columns]
+                    for x in range(columns):
+                        inner[x] += source[x + 1]
+                    if left == 0:
+                        target[0] += source[0]
+                    if left + columns == width:
+                        target[width - 1] += source[columns + 1]
 
 
 @_compiled
@@ -753,9 +1102,9 @@ def _double_backward(
 
 
 @_compiled
-def _plane(between: np.ndarray, level: int, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    height, width = sizes[level]
-    return between[offsets[level] : offsets[level] + height * width].reshape((height, width))
+def _plane(between: np.ndarray, level: int, sizes: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """That of a level between the finest and a plane's own, or its own."""
+    return between[ends[level - 1] - ends[0] : ends[level] - ends[0]].reshape((sizes[level, 0], sizes[level, 1]))
 
 
 @_compiled
@@ -768,7 +1117,7 @@ def _upsample(
     outputs: np.ndarray,
     places: np.ndarray,
     sizes: np.ndarray,
-    offsets: np.ndarray,
+    ends: np.ndarray,
 ) -> None:
     count = len(places)
     margin = canvas.shape[2] - outputs.shape[3]
@@ -780,10 +1129,10 @@ def _upsample(
         if level == 0:
             outputs[b, p] = grid
             continue
-        plane = _plane(between[b, p], level, sizes, offsets)
+        plane = _plane(between[b, p], level, sizes, ends)
         plane[:] = grid
         for finer in range(level - 1, 0, -1):
-            wide = _plane(between[b, p], finer, sizes, offsets)
+            wide = _plane(between[b, p], finer, sizes, ends)
             _double(plane, taps[b, finer], wide)
             plane = wide
         _double(plane, taps[b, 0], outputs[b, p])
@@ -800,7 +1149,7 @@ def _upsample_backward(
     to_taps: np.ndarray,
     places: np.ndarray,
     sizes: np.ndarray,
-    offsets: np.ndarray,
+    ends: np.ndarray,
 ) -> None:
     count = len(places)
     margin = to_canvas.shape[2] - gradient.shape[3]
@@ -810,7 +1159,7 @@ def _upsample_backward(
         height, width = sizes[level]
         own = gradient[b, p]
         for coarser in range(1, level + 1):
-            plane = _plane(between[b, p], coarser, sizes, offsets)
+            plane = _plane(between[b, p], coarser, sizes, ends)
             to_plane = np.zeros(plane.shape, np.float32)
             _double_backward(own, plane, taps[b, coarser - 1], to_plane, to_taps[b, p, coarser - 1])
             own = to_plane

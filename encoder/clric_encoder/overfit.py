@@ -7,7 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from clric_decoder.networks import Parameters
 from .canvas import Canvas
 from .control import RateControl, principal_step
 from .function import GridBits, Networks, Packing, add_gradients, compiled, kernels
+from .optimizer import Adam, Soap
 from .parameters import as_networks, quantize_networks
 from .presets import Preset, Stage
 from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
 
-BETAS = (0.9, 0.99)  # of Adam
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
 CONTROLS = 100  # corrections of lambda in a stage, for a target
 LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a target
@@ -79,7 +79,7 @@ class Targets:
 
 @dataclass
 class _State:
-    """Functions in training: grids and parameters, their moments for Adam, and a stream of random numbers each.
+    """Functions in training: grids and parameters, their optimisers, and a stream of random numbers each.
 
     canvas: (batch, rows, stride). vectors: (batch, parameters). owners: the number of the latent that each is of.
     losses: (batch,), the last.
@@ -90,29 +90,20 @@ class _State:
     generators: list[torch.Generator]
     owners: list[int]
     losses: torch.Tensor
-    moments: list[torch.Tensor] = field(default_factory=list)
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what the optimiser has seen."""
-        self.moments = [torch.zeros_like(x) for x in (self.canvas, self.canvas, self.vectors, self.vectors)]
-        self.steps = 0
+    grid_optimizer: Adam
+    network_optimizer: Adam
 
     def pick(self, indices: list[int]) -> _State:
         """Some of the functions, as they are."""
-        state = replace(
-            self,
-            canvas=self.canvas[indices],
-            vectors=self.vectors[indices],
-            generators=[self.generators[i] for i in indices],
-            owners=[self.owners[i] for i in indices],
-            losses=self.losses[indices],
+        return _State(
+            self.canvas[indices],
+            self.vectors[indices],
+            [self.generators[i] for i in indices],
+            [self.owners[i] for i in indices],
+            self.losses[indices],
+            self.grid_optimizer.pick(indices),
+            self.network_optimizer.pick(indices),
         )
-        state.moments, state.steps = [moment[indices] for moment in self.moments], self.steps
-        return state
 
 
 def overfit(
@@ -258,7 +249,7 @@ class _Trainer:
                 if self.control is not None:
                     self.control.know_networks(networks)
                 state.vectors = self.packing.join(as_networks(networks, self.device))
-                state.restart()
+                state.grid_optimizer = Adam(state.canvas, self.preset.betas)
             self.train(state, stage, f"stage {number + 1} of {len(self.preset.stages)}", stage.iterations)
         networks = networks or self.quantize(state)
         if targets is not None:
@@ -300,7 +291,12 @@ class _Trainer:
                     self.lmbdas[owner].item(),
                     int(self.pixels[owner]),
                 )
-        return _State(canvas, vectors, generators, owners, torch.zeros(len(owners)))
+        betas = self.preset.betas
+        by_group = self.preset.network_optimizer == "soap"
+        network_optimizer = Soap(vectors, betas, self.packing.groups) if by_group else Adam(vectors, betas)
+        return _State(
+            canvas, vectors, generators, owners, torch.zeros(len(owners)), Adam(canvas, betas), network_optimizer
+        )
 
     def random_vector(self, generator: torch.Generator) -> torch.Tensor:
         """Near-zero ARM weights, bicubic upsampling, and a synthesis whose layers keep the variance of their inputs."""
@@ -337,7 +333,8 @@ class _Trainer:
                 rounded, slope = add_uniform_noise(state.canvas, noise.draw())
             else:
                 temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
-                rounded, slope = soft_round_with_noise(state.canvas, noise.draw(), temperature, sigma)
+                soft_round = kernels.soft_round_with_noise if compiled(self.device) else soft_round_with_noise
+                rounded, slope = soft_round(state.canvas, noise.draw(), temperature, sigma)
             rounded *= self.layout.mask
             torch.mul(self.packing.bits_gradient(state.vectors), prices[:, None], out=to_vectors)
             to_canvas.zero_()
@@ -347,11 +344,9 @@ class _Trainer:
             to_canvas *= self.layout.mask
             if slope is not None:
                 to_canvas *= slope
-            state.steps += 1
-            _adam(state.canvas, to_canvas, state.moments[:2], state.steps, _cosine(stage.grid_rate, position))
+            state.grid_optimizer.step(state.canvas, to_canvas, _cosine(stage.grid_rate, position))
             if not stage.fixed:
-                rate = _cosine(stage.network_rate, position)
-                _adam(state.vectors, to_vectors, state.moments[2:], state.steps, rate)
+                state.network_optimizer.step(state.vectors, to_vectors, _cosine(stage.network_rate, position))
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
                 state.losses = (distortions + prices * bits).cpu()
                 self.last = Progress(
@@ -412,7 +407,7 @@ class _Trainer:
                 break
             self.lmbdas[missed] = control.last_lambdas(self.lmbdas, sizes)[missed]
             picked = state.pick(missed)
-            picked.restart()
+            picked.grid_optimizer = Adam(picked.canvas, self.preset.betas)
             self.train(picked, FINISHING, "size", FINISHING.iterations)
             state.canvas[missed] = picked.canvas
         state.canvas = kept
@@ -430,21 +425,12 @@ class _Noise:
             pools = [draw(count, generator=generator, device=generator.device) for generator in state.generators]
             self._pool = torch.stack(pools)
         self._shape = shape
-        self._random = random.Random(state.steps)
+        self._random = random.Random(0)
 
     def draw(self) -> torch.Tensor:
         """(batch, *shape)."""
         start = self._random.randrange((self.POOL - 1) * self._shape.numel())
         return self._pool[:, start : start + self._shape.numel()].unflatten(1, self._shape)
-
-
-def _adam(values: torch.Tensor, gradient: torch.Tensor, moments: list[torch.Tensor], steps: int, rate: float) -> None:
-    """One step of Adam (Kingma and Ba, 2015), in place."""
-    mean, square = moments
-    mean.lerp_(gradient, 1 - BETAS[0])
-    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    scale = math.sqrt(1 - BETAS[1] ** steps)
-    values.addcdiv_(mean, square.sqrt().add_(1e-8 * scale), value=-rate * scale / (1 - BETAS[0] ** steps))
 
 
 def _cosine(rates: tuple[float, float], position: float) -> float:

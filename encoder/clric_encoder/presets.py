@@ -11,7 +11,7 @@ from clric_decoder.bitstream import Architecture, SynthesisLayer
 
 @dataclass(frozen=True)
 class Stage:
-    """Iterations of Adam with one stand-in for rounding; learning rates decay along a half cosine.
+    """Iterations with one stand-in for rounding; learning rates decay along a half cosine.
 
     Pairs are (first, last) values over the stage. ``temperature`` and ``sigma`` belong to soft rounding. ``fixed``: the
     networks are quantised before, and the grids alone are trained.
@@ -41,11 +41,15 @@ class Preset:
     architecture: the shape for a latent space of so many channels.
     start: ``principal`` computes grids and synthesis from the latent's principal components; ``random`` starts from
     empty grids and random networks (Cool-Chic).
+    betas: what Adam and SOAP keep of first and second moments from one iteration to the next.
+    network_optimizer: that of the networks; grids have Adam.
     stages: the first is also what warm-up candidates are trained with.
     """
 
     architecture: Callable[[int], Architecture]
     start: Literal["principal", "random"]
+    betas: tuple[float, float]
+    network_optimizer: Literal["adam", "soap"]
     warm_up: tuple[WarmUp, ...]
     stages: tuple[Stage, ...]
 
@@ -106,8 +110,10 @@ def _default(iterations: int) -> Preset:
     return Preset(
         architecture=default_architecture,
         start="principal",
+        betas=(0.9, 0.95),
+        network_optimizer="soap",
         warm_up=(),
-        stages=(Stage(iterations, "soft", (1e-2, 2.5e-4), (0.05, 0.001), (0.25, 0.04), (0.22, 0.15)),),
+        stages=(Stage(iterations, "soft", (1.5e-2, 2.5e-4), (0.05, 0.001), (0.25, 0.04), (0.22, 0.15)),),
     )
 
 
@@ -118,6 +124,8 @@ PRESETS = {
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
+        betas=(0.9, 0.99),
+        network_optimizer="adam",
         warm_up=(WarmUp(5, 400), WarmUp(2, 400)),
         stages=(
             Stage(10600, "uniform", (1e-2, 1e-4), (0.16, 0.0016)),

@@ -1,0 +1,144 @@
+"""Optimisers of functions that are trained side by side: each entry of a batch has its own state."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from clric_decoder.networks import Group
+
+from .function import compiled, kernels
+
+if TYPE_CHECKING:
+    from typing import Self
+
+EPSILON = 1e-8
+
+# SOAP: how long covariances remember, iterations between two turns of the bases, iterations in which the learning rate
+# rises to what it is, and the largest side of a matrix that gets a basis.
+COVARIANCE_BETA, TURN_EVERY, RISE, LARGEST_SIDE = 0.95, 25, 50, 128
+
+
+class Adam:
+    """Adam (Kingma and Ba, 2015) on tensors (batch, ...) of float32, in place."""
+
+    def __init__(self, values: torch.Tensor, betas: tuple[float, float]) -> None:
+        self._betas, self._steps = betas, 0
+        self._state = [torch.zeros_like(values), torch.zeros_like(values)]  # first and second moments
+
+    def pick(self, indices: list[int]) -> Self:
+        """One with a copy of the state of some entries of the batch."""
+        picked = copy.copy(self)
+        picked._state = [tensor[indices] for tensor in self._state]
+        return picked
+
+    def step(self, values: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:
+        """Moves the values against the gradient."""
+        self._steps += 1
+        length, epsilon = self._scales(rate)
+        mean, square = self._state
+        if compiled(values.device):
+            kernels.adam(values, gradient, mean, square, self._betas, length, epsilon)
+            return
+        mean.lerp_(gradient, 1 - self._betas[0])
+        square.mul_(self._betas[1]).addcmul_(gradient, gradient, value=1 - self._betas[1])
+        values.addcdiv_(mean, square.sqrt().add_(epsilon), value=-length)
+
+    def _scales(self, rate: float) -> tuple[float, float]:
+        """Step length and epsilon, both with the correction for moments that start at zero."""
+        scale = math.sqrt(1 - self._betas[1] ** self._steps)
+        return rate * scale / (1 - self._betas[0] ** self._steps), EPSILON * scale
+
+
+class Soap(Adam):
+    """Adam in the eigenbases of each weight's covariances of gradients (SOAP, Vyas et al., 2024).
+
+    On vectors (batch, parameters) of the groups, in their order. A weight is a matrix of outputs by all else; its
+    gradients G have the covariances G G^T and G^T G, averaged over time, and Adam's second moments are those of the
+    gradient turned into both eigenbases. Groups that are no weights are left to Adam.
+    """
+
+    def __init__(self, values: torch.Tensor, betas: tuple[float, float], groups: Sequence[Group]) -> None:
+        super().__init__(values, betas)
+        # For each group: first parameter, rows, columns, and where its two square matrices begin; -1 for none
+        self._table: list[tuple[int, int, int, int, int]] = []
+        first = size = 0
+        for group in groups:
+            rows, columns = (
+                (group.shape[0], group.size // group.shape[0]) if ".weight" in group.name else (1, group.size)
+            )
+            places: list[int] = []
+            for side in (rows, columns):
+                turned = ".weight" in group.name and 1 < side <= LARGEST_SIDE
+                places.append(size if turned else -1)
+                size += side * side if turned else 0
+            if group.size:
+                self._table.append((first, rows, columns, places[0], places[1]))
+            first += group.size
+        covariances, bases = values.new_zeros(len(values), size), values.new_zeros(len(values), size)
+        self._state += [covariances, bases]
+        for place, side in self._sides():
+            self._square(bases, place, side).diagonal(dim1=1, dim2=2).fill_(1)
+
+    def step(self, values: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:
+        """As `Adam.step`."""
+        self._steps += 1
+        length, epsilon = self._scales(rate * min(1, self._steps / RISE))
+        mean, square, covariances, bases = self._state
+        if compiled(values.device):
+            kernels.soap(
+                values, gradient, mean, square, covariances, bases, self._table, self._betas, COVARIANCE_BETA, length,
+                epsilon,
+            )  # fmt: skip
+        else:
+            mean.lerp_(gradient, 1 - self._betas[0])
+            for first, rows, columns, left, right in self._table:
+                own = slice(first, first + rows * columns)
+                turned = self._turned(gradient[:, own].unflatten(1, (rows, columns)), left, right)
+                square[:, own].mul_(self._betas[1]).add_(turned.square().flatten(1), alpha=1 - self._betas[1])
+                moved = self._turned(mean[:, own].unflatten(1, (rows, columns)), left, right)
+                moved /= square[:, own].sqrt().add_(epsilon).view_as(moved)
+                if left >= 0:
+                    moved = self._square(bases, left, rows) @ moved
+                if right >= 0:
+                    moved = moved @ self._square(bases, right, columns).transpose(1, 2)
+                values[:, own].sub_(moved.flatten(1), alpha=length)
+            self._learn(gradient)
+        if self._steps % TURN_EVERY == 0:
+            for place, side in self._sides():
+                vectors = torch.linalg.eigh(self._square(covariances, place, side).double()).eigenvectors
+                self._square(bases, place, side).copy_(vectors)
+
+    def _turned(self, matrices: torch.Tensor, left: int, right: int) -> torch.Tensor:
+        """Matrices (batch, rows, columns) in the eigenbases."""
+        bases = self._state[3]
+        if left >= 0:
+            matrices = self._square(bases, left, matrices.shape[1]).transpose(1, 2) @ matrices
+        if right >= 0:
+            matrices = matrices @ self._square(bases, right, matrices.shape[2])
+        return matrices.clone() if left < 0 and right < 0 else matrices
+
+    def _learn(self, gradient: torch.Tensor) -> None:
+        """Covariances of the gradient, averaged over time."""
+        covariances = self._state[2]
+        for first, rows, columns, left, right in self._table:
+            own = gradient[:, first : first + rows * columns].unflatten(1, (rows, columns))
+            if left >= 0:
+                self._square(covariances, left, rows).lerp_(own @ own.transpose(1, 2), 1 - COVARIANCE_BETA)
+            if right >= 0:
+                self._square(covariances, right, columns).lerp_(own.transpose(1, 2) @ own, 1 - COVARIANCE_BETA)
+
+    def _sides(self) -> Iterator[tuple[int, int]]:
+        """Where each square matrix begins, and its side."""
+        for _, rows, columns, left, right in self._table:
+            if left >= 0:
+                yield left, rows
+            if right >= 0:
+                yield right, columns
+
+    @staticmethod
+    def _square(matrices: torch.Tensor, place: int, side: int) -> torch.Tensor:
+        return matrices[:, place : place + side * side].unflatten(1, (side, side))
