@@ -32,7 +32,7 @@ FINISHING = Stage(20, "soft", (0.0, 0.0), (0.015, 0.003), (0.06, 0.04), (0.16, 0
 FINISHING_ROUNDS = 10
 
 # Times that a latent is trained at most, to meet its target.
-CHANCES = 4
+CHANCES = 6
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ class _Trainer:
         for iteration in range(iterations):
             position = iteration / stage.iterations
             if self.control is not None and iteration % pause == 0:
-                self.steer(state, networks, position, pause / stage.iterations)
+                self.steer(state, networks, stage, iteration, pause)
             if self.control is not None and iteration == int(LOOK * stage.iterations) and not stage.fixed:
                 self.control.know_networks(self.quantize(state, refined=False))
             prices = self.lmbdas[state.owners] / pixels
@@ -363,12 +363,14 @@ class _Trainer:
         """Candidates that are trained for each latent."""
         return len(state.canvas) // len(self.latents)
 
-    def steer(self, state: _State, networks: Networks, position: float, share: float) -> None:
-        """Move the lambdas by what the grids would cost if they were rounded now."""
+    def steer(self, state: _State, networks: Networks, stage: Stage, iteration: int, pause: int) -> None:
+        """Move the lambdas by what the grids would cost if they were rounded now. pause: iterations since the last."""
         assert self.control is not None
         bits = GridBits(state.canvas.round(), networks, self.architecture, self.layout).bits
         lambdas = self.lmbdas[state.owners]
-        self.lmbdas[state.owners] = self.control.next_lambdas(lambdas, bits, state.owners, position, share)
+        self.lmbdas[state.owners] = self.control.next_lambdas(
+            lambdas, bits, state.owners, iteration, stage.iterations, pause
+        )
 
     def quantize(self, state: _State, refined: bool = True) -> list[list[Parameters]]:
         """The networks as integers, for the grids as they round now."""

@@ -118,8 +118,8 @@ def _default(iterations: int) -> Preset:
 
 
 PRESETS = {
-    "fast": _default(800),
-    "default": _default(2000),
+    "fast": _default(600),
+    "default": _default(1500),
     "slow": _default(4000),
     "paper": Preset(
         architecture=paper_architecture,
