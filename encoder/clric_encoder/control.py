@@ -27,8 +27,8 @@ ELASTICITY, RESPONSE = 0.55, 0.12
 # in the first tenth, which says too little, and in the last third, which follows too slowly.
 EXCESS_OF_START, ITERATIONS_OF_START, EXCESS, DECAY, FIRST, LAST = 0.83, 46, 0.15, 4.3, 0.1, 0.7
 
-# How many times its first value lambda may come to: grids that are few stay near their start whatever it is, and the
-# networks would be all that follows.
+# How many times its first value lambda may come to, up or down, in one training: grids that are few stay near their
+# start whatever it is, and the networks would be all that follows.
 REACH = 8
 
 # In the few iterations that correct a file's size, lambda has this many times less power, and sometimes much less: it
@@ -69,7 +69,7 @@ class RateControl:
             residuals = _residuals(latent)
             bits = [_estimated_bits(residuals, principal_step(lmbda, latent.numel(), count)) for lmbda in lambdas]
             result.append(np.interp(-math.log(goal), -np.log(np.array(bits) + 1), np.log(lambdas)))
-        self._first = torch.tensor(result, dtype=torch.float32).exp().to(latents.device)
+        self._first = torch.tensor(result, dtype=torch.float32).exp().clamp(LOWEST, HIGHEST).to(latents.device)
         return self._first.clone()
 
     def next_lambdas(
@@ -120,7 +120,8 @@ class RateControl:
     def last_lambdas(self, lambdas: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Lambdas for files that have these sizes in bytes, to be trained a little further."""
         excess = torch.from_numpy(np.log(np.array(sizes) / (GOAL * self._sizes))).float()
-        self._powers[excess * self._excess > 0.5 * self._excess**2] *= 2
+        could_move = (self._excess * self._powers).abs() < FARTHEST
+        self._powers[(excess * self._excess > 0.5 * self._excess**2) & could_move] *= 2
         self._powers[excess * self._excess < 0] /= 2
         self._excess = excess
         moves = (excess * self._powers).clamp(-FARTHEST, FARTHEST).to(lambdas)

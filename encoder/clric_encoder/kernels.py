@@ -1,4 +1,4 @@
-"""The costly parts of a training step, ARM, upsampling and convolutions, as compiled loops for CPUs.
+"""A training step, from rounding to the optimisers, as compiled loops for CPUs.
 
 The same results as the torch code in `function`, in half of its time and less: a block of grid values goes through
 all layers and back while it is in the processor's first caches, where torch writes every intermediate value to memory.
@@ -29,8 +29,8 @@ _BLOCK = 1024
 # What is kept of a line of a tile of a convolution, at most, and columns of such a tile.
 _ROOM, _COLUMNS = 2048, 128
 
-# Multiply-accumulates for which it pays to wake a thread; the loops of a 768x512 image have fewer. Another thread would
-# save it a seventh of its time on quiet cores, and take up to twice as long on cores that others use too.
+# Multiply-accumulates for which it pays to wake a thread. The loops of a 768x512 image with four channels have fewer:
+# another thread would save a seventh of its time on quiet cores, and double it on cores that others use too.
 _LEAST_WORK = 16_000_000
 
 _LOG2_E = np.float32(1 / math.log(2))
@@ -40,11 +40,11 @@ _LN_2 = np.float32(math.log(2))
 # of them written to, that they do not overlap. Rows of one array count as one where it knows how long they are: the
 # loops that cost most work on arrays whose rows have a constant length, in the function that makes them (what stands
 # in functions of their own is inlined) or below that limit. A number without a type (float64) is kept away, and so are
-# indices that might be negative.
+# indices that might be negative, and divisions that look for a zero.
 
 
 def _compiled(function: Callable[..., Any], **more: Any) -> Any:
-    options: dict[str, Any] = {"fastmath": True, "nogil": True, **more}
+    options: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy", **more}
     try:
         return njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep the result in can be written to
@@ -88,7 +88,7 @@ class ArmBits:
         self._canvas, self._blocks, self._neighbours = canvas, blocks, neighbours
         self._planes = torch.from_numpy(blocks[:, _PLANE])
         self._limits = np.array(limits, np.float32)
-        self._work = 3 * batch * count * weights.shape[1]
+        self._work = (1 if prices is None else 3) * batch * count * weights.shape[1]
         arrays = _arrays(canvas, scales, weights, biases, torch.empty(0) if prices is None else prices)
         arrays += _arrays(self._bits, self._by_mean, self._by_inputs, self._by_scales)
         arrays += _arrays(self._by_weights, self._by_biases)
@@ -256,7 +256,7 @@ def soap(
     """A step of `optimizer.Soap`: moments, covariances and values change in place."""
     arrays = _arrays(values, gradient, mean, square, covariances, bases)
     numbers = np.array([*betas, length, epsilon, covariance_beta], np.float32)
-    _spread(_soap, len(values), len(values) * _LEAST_WORK // 64, *arrays, np.array(table), numbers)
+    _soap(*arrays, np.array(table), numbers)
 
 
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
@@ -447,8 +447,6 @@ def _square(matrices: np.ndarray, place: int, side: int) -> np.ndarray:
 
 @_compiled
 def _soap(
-    first_task: int,
-    last_task: int,
     values: np.ndarray,
     gradient: np.ndarray,
     mean: np.ndarray,
@@ -460,7 +458,7 @@ def _soap(
 ) -> None:
     beta, other_beta, length, epsilon, keep = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     share, other_share, learnt = np.float32(1) - beta, np.float32(1) - other_beta, np.float32(1) - keep
-    for b in range(first_task, last_task):
+    for b in range(len(values)):
         for g in range(len(table)):
             rows, columns = table[g, 1], table[g, 2]
             own = slice(table[g, 0], table[g, 0] + rows * columns)

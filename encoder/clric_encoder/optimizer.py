@@ -13,7 +13,7 @@ from clric_decoder.networks import Group
 from .function import compiled, kernels
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing_extensions import Self
 
 EPSILON = 1e-8
 

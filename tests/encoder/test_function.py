@@ -91,7 +91,7 @@ def backend(request, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("size", [(21, 34), (4, 1100)])
+@pytest.mark.parametrize("size", [(21, 34), (41, 60), (4, 1100)])
 @pytest.mark.parametrize("name", [*NAMES, "arm-coarser-only"])
 def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     """Values and gradients, of unrounded grids and networks that differ within the batch."""
@@ -131,8 +131,9 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
                 torch.testing.assert_close(gradient[i], values[key].grad, rtol=2e-3, atol=1e-4)
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
-    """With the ARM on threads of its own beside the synthesis."""
+def test_the_number_of_threads_changes_nothing(monkeypatch) -> None:
+    """Every loop is split, and the ARM has threads of its own beside the synthesis."""
+    monkeypatch.setattr(kernels, "_LEAST_WORK", 1)
     architecture = ARCHITECTURES["size-7x5"]
     layout, packing = Canvas(architecture, 96, 128, CPU), Packing(architecture, CPU)
     canvas = join(layout, [2 * torch.randn(3, *shape) for shape in layout.shapes])
@@ -145,7 +146,9 @@ def test_the_number_of_threads_changes_nothing() -> None:
             losses = function.add_gradients(
                 canvas, networks, architecture, layout, targets, torch.ones(3), to_networks, to_canvas
             )
-            results.append((*losses, to_canvas, to_vectors, GridBits(canvas, networks, architecture, layout).bits))
+            rounded, slope = kernels.soft_round_with_noise(canvas, canvas.flip(0), 0.1, 0.15)
+            bits = GridBits(canvas, networks, architecture, layout).bits
+            results.append((*losses, to_canvas, to_vectors, bits, rounded, slope))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)

@@ -90,9 +90,20 @@ def test_a_large_side_keeps_its_basis() -> None:
     groups = parameter_groups(replace(wide, channels=(1,)))
     values = torch.zeros(1, sum(group.size for group in groups))
     soap = Soap(values, BETAS, groups)
-    for _ in range(TURN_EVERY + 1):
-        soap.step(values, torch.ones_like(values), 0.01)
-    assert (values < 0).all()
+    first, last = next(
+        (sum(other.size for other in groups[:i]), group.size)
+        for i, group in enumerate(groups)
+        if group.shape[:2] == (LARGEST_SIDE + 1,) * 2
+    )
+    own = slice(first, first + last)
+    alone = values[:, own].clone()
+    adam = Adam(alone, BETAS)
+    for t in range(1, TURN_EVERY + 6):
+        gradient = torch.randn_like(values)
+        soap.step(values, gradient, 0.01)
+        adam.step(alone, gradient[:, own].contiguous(), 0.01 * min(1, t / RISE))
+    torch.testing.assert_close(values[:, own], alone)
+    assert alone.abs().min() > 0
 
 
 def test_picked_functions_go_on_as_before() -> None:
