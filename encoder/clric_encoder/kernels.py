@@ -272,7 +272,7 @@ _threads = threading.local()
 
 @contextlib.contextmanager
 def without_torch_threads() -> Iterator[None]:
-    """Keeps torch to one thread, and those that this one starts to one each, while it lasts.
+    """Keeps torch to one thread while it lasts.
 
     Between torch's operations its threads wait in a busy loop; and tensors of this size are too small for them.
     """

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +13,7 @@ from clric_decoder.bitstream import Architecture
 from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
+from . import parts
 from .canvas import Canvas
 from .control import RateControl, principal_step
 from .function import GridBits, Networks, Packing, add_gradients, compiled, kernels
@@ -125,48 +124,25 @@ def overfit(
     """
     if not compiled(torch.device(device)):
         return _overfit(latents, lmbdas, pixels, preset, targets, seed, device, report)
-    # Threads have the fewest occasions to wait for each other if each trains functions of its own. The first reports.
     threads = torch.get_num_threads()
-    parts = min(threads, len(latents))
-    bounds = [-(-len(latents) * part // parts) for part in range(parts + 1)]
-    stopped = threading.Event()
+    count = min(threads, len(latents)) if parts.possible() else 1
+    bounds = [-(-len(latents) * part // count) for part in range(count + 1)]  # the first, which reports, has most
 
-    def train(part: int) -> list[Function]:
+    def train(part: int, check: Callable[[], None]) -> list[Function]:
         own = list(range(bounds[part], bounds[part + 1]))
 
         def tell(progress: Progress) -> None:
-            if stopped.is_set():
-                raise _Stopped
+            check()
             if part == 0 and report is not None:
                 report(progress)
 
         own_targets = targets and targets.pick(own)
         own_lmbdas, own_pixels = [lmbdas[i] for i in own], [pixels[i] for i in own]
-        try:
-            with kernels.own_threads(threads // parts + (part < threads % parts)):
-                return _overfit(latents[own], own_lmbdas, own_pixels, preset, own_targets, seed, device, tell)
-        except BaseException:
-            stopped.set()
-            raise
+        with kernels.own_threads(threads // count + (part < threads % count)):
+            return _overfit(latents[own], own_lmbdas, own_pixels, preset, own_targets, seed, device, tell)
 
-    with kernels.without_torch_threads(), ThreadPoolExecutor(parts) as pool:
-        try:
-            others = [pool.submit(train, part) for part in range(1, parts)]
-            try:
-                functions = train(0)
-            except _Stopped:
-                functions = []
-            for error in [other.exception() for other in others]:
-                if error is not None and not isinstance(error, _Stopped):
-                    raise error
-        except BaseException:  # Ctrl-C may come at any line
-            stopped.set()
-            raise
-        return functions + [function for other in others for function in other.result()]
-
-
-class _Stopped(Exception):
-    """Another part of the batch has failed, or the user has had enough."""
+    with kernels.without_torch_threads():
+        return parts.run(train, count)
 
 
 def _overfit(

@@ -1,6 +1,8 @@
 """Latents and photos through the whole encoder, and back."""
 
-import threading
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import torch
 from clric_decoder import ClricError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
-from clric_encoder import encode, encode_latent, function
+from clric_encoder import encode, encode_latent, function, parts
 from clric_encoder.canvas import Canvas
 from clric_encoder.encoding import encode_latents
 from clric_encoder.function import Packing
@@ -131,8 +133,8 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("rate", [Rate(0.3), Rate(bpp=0.3)])
-def test_threads_share_a_batch(rate) -> None:
-    """Three latents on two threads: each stream is of its own latent, and of its own size."""
+def test_processes_share_a_batch(rate) -> None:
+    """Three latents on two cores: each stream is of its own latent, and of its own size."""
     latents = np.stack([smooth_latent(4, 16, 16, seed) for seed in range(3)])
     sizes = [(128, 128), (128, 121), (121, 121)]
     for encoded, latent, size in zip(
@@ -148,7 +150,7 @@ def test_threads_share_a_batch(rate) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
-def test_a_fault_stops_all_threads_of_a_batch(fault, monkeypatch) -> None:
+def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
     """The other part would go on for a long time. Ctrl-C comes in the first, too little memory in the second."""
     long = replace(PRESETS["quick"].stages[0], iterations=300_000)
     monkeypatch.setitem(PRESETS, "quick", replace(PRESETS["quick"], stages=(long,)))
@@ -159,10 +161,10 @@ def test_a_fault_stops_all_threads_of_a_batch(fault, monkeypatch) -> None:
         if fault is KeyboardInterrupt and progress.iteration > 100:
             raise fault
 
-    step = Adam.step
+    step, first = Adam.step, os.getpid()
 
     def fail(*arguments) -> None:
-        if fault is MemoryError and threading.current_thread() is not threading.main_thread():
+        if fault is MemoryError and os.getpid() != first:
             raise fault
         step(*arguments)
 
@@ -171,6 +173,23 @@ def test_a_fault_stops_all_threads_of_a_batch(fault, monkeypatch) -> None:
     with pytest.raises(fault):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick", progress=interrupt)
     assert max(seen, default=0) < 30_000
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not parts.possible(), reason="a batch has but one process here")
+@pytest.mark.usefixtures("two_threads")
+def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
+    step, first = Adam.step, os.getpid()
+
+    def die(*arguments) -> None:
+        if os.getpid() != first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(*arguments)
+
+    monkeypatch.setattr(Adam, "step", die)
+    latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
+    with pytest.raises(MemoryError, match="killed"):
+        encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
 
 
 @pytest.mark.parametrize(("side", "limit"), [(8, 120), (16, 60), (16, 330)])
