@@ -24,8 +24,9 @@ LABELS = {
     "lpips_squeeze": "LPIPS, SqueezeNet (lower is better)",
 }
 
-# clric's curves are warm and bold; the others are not.
+# clric's curves are warm and bold, a colour for each VAE and a line for each of its presets; the others are not.
 _CLRIC_COLOURS = ("#d62728", "#ff7f0e", "#8c1a6a", "#b8860b", "#e377c2", "#7f0000")
+_CLRIC_LINES = ("o-", "s:", "^-.", "D:", "v-.")
 _OTHER_COLOURS = ("#1f5fa8", "#2a9d5c", "#17a2b8", "#6b7280", "#4b3fa7", "#0b7a75", "#8a9a5b", "#3d5a80", "#9aa5b1")
 
 # Rates that the plots show: a published curve goes on beyond.
@@ -57,6 +58,7 @@ def plot(rows: Sequence[Row], points: Sequence[Mean], measure: str, folder: Path
         )
     ceilings = {row["codec"] for row in rows if is_ceiling(row)}
     clric = {row["codec"] for row in rows if is_clric(row)}
+    drawn: list[str] = []
     for name in codecs(rows):
         mine = [mean for mean in points if mean.codec == name and measure in mean.values]
         values = [mean.values[measure] for mean in mine]
@@ -65,7 +67,10 @@ def plot(rows: Sequence[Row], points: Sequence[Mean], measure: str, folder: Path
         elif mine:
             rates = [mean.values["bpp"] for mean in mine]
             bold = name in clric
-            (line,) = axes.plot(rates, values, "o-", color=colours[name], label=name, zorder=3 if bold else 2)
+            presets = drawn.count(colours[name])
+            drawn.append(colours[name])
+            style = _CLRIC_LINES[presets % len(_CLRIC_LINES)] if bold else "o-"
+            (line,) = axes.plot(rates, values, style, color=colours[name], label=name, zorder=3 if bold else 2)
             line.set(linewidth=2.4 if bold else 1.4, markersize=6 if bold else 4)
     axes.set(xscale="log", xlim=_RATES, xlabel="bits per pixel of the file (log scale)", ylabel=LABELS[measure])
     ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -83,18 +88,18 @@ def plot(rows: Sequence[Row], points: Sequence[Mean], measure: str, folder: Path
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """A colour for each codec; a VAE's ceiling has that of its first curve."""
+    """A colour for each codec; all curves of a VAE and its ceiling have the same."""
     warm, cool = iter(_CLRIC_COLOURS * 9), iter(_OTHER_COLOURS * 9)
     clric = {row["codec"] for row in rows if is_clric(row)}
     ceilings = {row["codec"] for row in rows if is_ceiling(row)}
     colours: dict[str, str] = {}
+    vaes: dict[str, str] = {}
     for name in codecs(rows):
-        if name in clric:
-            colours[name] = next(warm)
-        elif name in ceilings:
-            vae = name.removesuffix(" ceiling")
-            same = [colour for other, colour in colours.items() if other.split()[1:2] == [vae]]
-            colours[name] = same[0] if same else next(warm)
+        if name in clric or name in ceilings:
+            vae = name.split()[1] if name in clric else name.removesuffix(" ceiling")
+            if vae not in vaes:
+                vaes[vae] = next(warm)
+            colours[name] = vaes[vae]
         else:
             colours[name] = next(cool)
     return colours
