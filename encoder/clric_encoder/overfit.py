@@ -27,7 +27,7 @@ CONTROLS = 100  # corrections of lambda in a stage, for a target
 LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a target
 
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
-FINISHING = Stage(20, "soft", (0.0, 0.0), (0.015, 0.003), (0.06, 0.04), (0.16, 0.15), fixed=True)
+FINISHING = Stage(20, "soft", (0.0, 0.0), (0.004, 0.0008), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
 
 # Times that a latent is trained at most, to meet its target.
