@@ -32,7 +32,7 @@ EXCESS_OF_START, ITERATIONS_OF_START, EXCESS, DECAY, FIRST, LAST = 0.83, 46, 0.1
 REACH = 8
 
 # In the few iterations that correct a file's size, lambda has this many times less power, and sometimes much less: it
-# moves twice as far again where a size has not come half of its way.
+# moves twice as far again where a size has not come half of its way, up to this much in its logarithm.
 WEAKNESS, FARTHEST = 5, 0.7
 
 # What is known before the networks are quantised: header and table of segments, and a parameter's bits.

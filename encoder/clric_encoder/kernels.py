@@ -476,20 +476,8 @@ def _soap(
                     moments[i, j] = other_beta * moments[i, j] + other_share * turned[i, j] * turned[i, j]
                     moved[i, j] *= length / (np.sqrt(moments[i, j]) + epsilon)
             # Back: left moved right^T
-            if len(left):
-                scratch[:] = 0
-                for i in range(rows):
-                    for k in range(rows):
-                        _add_row(scratch[i], left[i, k], moved[k])
-            else:
-                scratch[:] = moved
-            target = values[b, own].reshape((rows, columns))
-            for i in range(rows):
-                if len(right):
-                    for j in range(columns):
-                        target[i, j] -= _dot(scratch[i], right[j])
-                else:
-                    _add_row(target[i], np.float32(-1), scratch[i])
+            _turned(moved, np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), scratch, turned)
+            _add_row(values[b, own], np.float32(-1), turned.reshape(-1))
 
             by_row, by_column = (
                 _square(covariances[b], table[g, 3], rows),

@@ -23,8 +23,11 @@ def run(train: Callable[[int, Callable[[], None]], list[Any]], count: int) -> li
     """The results of train(part, check) for all parts, joined.
 
     This process takes the first part, and copies of it the others; `check`, which training calls from time to time,
-    raises what another part has failed with. Whatever happens, the copies have ended when this returns.
+    raises what another part has failed with. Whatever happens, the copies have ended when this returns; they end
+    themselves where this process was killed.
     """
+    if count == 1:
+        return train(0, _nothing)
     context = multiprocessing.get_context("fork")
     results: list[list[Any] | None] = [None] * count
     copies: list[tuple[Any, Connection]] = []
@@ -46,7 +49,7 @@ def run(train: Callable[[int, Callable[[], None]], list[Any]], count: int) -> li
     try:
         for part in range(1, count):
             receiver, sender = context.Pipe(duplex=False)
-            copy = context.Process(target=_train, args=(train, part, sender), daemon=True)
+            copy = context.Process(target=_train, args=(train, part, sender, os.getpid()), daemon=True)
             copy.start()
             sender.close()
             copies.append((copy, receiver))
@@ -62,12 +65,18 @@ def run(train: Callable[[int, Callable[[], None]], list[Any]], count: int) -> li
     return [result for part in results for result in part or []]
 
 
-def _train(train: Callable[[int, Callable[[], None]], list[Any]], part: int, sender: Connection) -> None:
+def _train(train: Callable[[int, Callable[[], None]], list[Any]], part: int, sender: Connection, first: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+
+    def check() -> None:
+        if os.getppid() != first:
+            os._exit(1)  # nobody waits for the result
+
     try:
-        message: Any = train(part, _nothing)
+        message: Any = train(part, check)
     except BaseException as error:
         message = error
+    check()
     sender.send(message)
     os._exit(0)  # nothing of what the first process would clean up is this one's
 

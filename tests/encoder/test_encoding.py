@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -190,6 +192,26 @@ def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
     latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
     with pytest.raises(MemoryError, match="killed"):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
+
+
+@pytest.mark.skipif(not parts.possible(), reason="a batch has but one process here")
+def test_no_part_outlives_a_killed_command() -> None:
+    """Its output ends when the last process has."""
+    script = """
+import time
+from clric_encoder import parts
+def train(part, check):
+    print(part, flush=True)
+    while True:
+        time.sleep(0.01)
+        check()
+parts.run(train, 2)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert sorted(command.stdout.readline() for _ in range(2)) == [b"0\n", b"1\n"]
+        command.kill()
+        assert command.communicate(timeout=30)[0] == b""
 
 
 @pytest.mark.parametrize(("side", "limit"), [(8, 120), (16, 60), (16, 330)])
