@@ -24,7 +24,7 @@ WINGS = {
 FORBIDDEN = {
     "clric_decoder": {"torch", "torchvision", "diffusers", "onnx", "scipy", "clric_encoder", "clric_export"},
     "clric_encoder": {"clric_export"},
-    "clric_export": {"clric_encoder"},
+    "clric_export": set(),
 }
 
 # What a client has: the base dependencies, and onnxruntime (extras cpu and gpu) inside a function.

@@ -19,15 +19,15 @@ from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, print_error, run_command
 
-from .presets import PRESETS
 from .rate import Rate, choose_rate
+from .training.presets import PRESETS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .autoencoder import ImageEncoder
     from .encoding import Encoded
-    from .overfit import Progress
+    from .training.loop import Progress
 
 NAME = "clric-enc"
 

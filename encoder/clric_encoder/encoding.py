@@ -17,10 +17,10 @@ from clric_decoder.models import LATENT_SPACES
 from clric_decoder.synthesis import synthesize
 
 from .autoencoder import load_encoder
-from .control import LEAST
-from .overfit import Function, Report, Targets, overfit
-from .presets import PRESETS, Preset
 from .rate import Rate, choose_rate
+from .training.loop import Function, Report, overfit
+from .training.presets import PRESETS, Preset
+from .training.rate_control import MIN_FILL
 
 MAX_LATENT = 1e4  # real ones have a deviation near 1
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
@@ -151,15 +151,13 @@ def encode_latents(
         )
 
     limits = [rate.bytes(count) for count in pixels]
-    targets = None
-    if rate.lmbda is None:
-        targets = Targets([limit or 0 for limit in limits], lambda function, i: len(stream(function, i)))
     functions = overfit(
         latents,
         [rate.lmbda or 1.0] * len(latents),
         pixels,
         PRESETS[preset],
-        targets=targets,
+        measure=lambda function, i: len(stream(function, i)),
+        sizes=None if rate.lmbda is not None else [limit or 0 for limit in limits],
         seed=seed,
         device=device,
         report=progress,
@@ -171,7 +169,7 @@ def encode_latents(
         note = None
         if limit is not None and len(data) > limit:
             note = f"no stream of {limit} bytes was found; the smallest has {len(data)}"
-        elif limit is not None and len(data) < LEAST * limit:
+        elif limit is not None and len(data) < MIN_FILL * limit:
             note = f"no use was found for {limit} bytes; the stream has {len(data)}"
         result.append(Encoded(data, function.lmbda, error, note))
     return result

@@ -1,4 +1,4 @@
-"""The function as plain torch code, one function at a time: what clric_encoder.function is compared with.
+"""The function as plain torch code, one function at a time: what clric_encoder.model.function is compared with.
 
 Grids are (channels, height, width) each, the finest first; parameters live in a dict keyed by the names of
 `clric_decoder.networks.parameter_groups`. Nothing is fused, and autograd finds every gradient.

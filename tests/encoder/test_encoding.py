@@ -14,14 +14,16 @@ import torch
 from clric_decoder import ClricError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
-from clric_encoder import encode, encode_latent, function, parts
-from clric_encoder.canvas import Canvas
+from clric_encoder import encode, encode_latent
 from clric_encoder.encoding import encode_latents
-from clric_encoder.function import Packing
-from clric_encoder.optimizer import Adam
-from clric_encoder.parameters import quantize_networks
-from clric_encoder.presets import PRESETS
+from clric_encoder.model import backends
+from clric_encoder.model.function import Packing
+from clric_encoder.model.grid_layout import GridLayout
+from clric_encoder.network_quantization import quantize_networks
 from clric_encoder.rate import Rate, quality_to_lambda
+from clric_encoder.training import process_pool
+from clric_encoder.training.optimizers import Adam
+from clric_encoder.training.presets import PRESETS
 
 CPU = torch.device("cpu")
 
@@ -97,17 +99,17 @@ def test_neighbours_in_a_batch_change_nothing_but_float_noise() -> None:
 
 def test_networks_are_quantised_in_a_batch_as_one_by_one() -> None:
     architecture = PRESETS["default"].architecture(4)
-    layout, packing = Canvas(architecture, 12, 16, CPU), Packing(architecture, CPU)
+    layout, packing = GridLayout(architecture, 12, 16, CPU), Packing(architecture, CPU)
     torch.manual_seed(0)
-    canvas = (2 * torch.randn(3, layout.rows, layout.stride)).round() * layout.mask
+    packed = (2 * torch.randn(3, layout.rows, layout.stride)).round() * layout.mask
     scales = torch.tensor([0.01, 0.3, 3.0])[:, None]
     networks = packing.split(packing.defaults + scales * 0.1 * torch.randn(3, len(packing.defaults)))
     latents, weights = torch.randn(3, 4, 12, 16), torch.tensor([1e-3, 1e-4, 1e-5])
-    together = quantize_networks(networks, canvas, latents, architecture, layout, weights, lambda: None)
+    together = quantize_networks(networks, packed, latents, architecture, layout, weights, lambda: None)
     for i in range(3):
         one = slice(i, i + 1)
         own = {name: values[one] for name, values in networks.items()}
-        (alone,) = quantize_networks(own, canvas[one], latents[one], architecture, layout, weights[one], lambda: None)
+        (alone,) = quantize_networks(own, packed[one], latents[one], architecture, layout, weights[one], lambda: None)
         for a, b in zip(together[i], alone, strict=True):
             assert a.exponent == b.exponent
             np.testing.assert_array_equal(a.integers, b.integers)
@@ -117,7 +119,7 @@ def test_the_pure_torch_way_of_other_devices(monkeypatch) -> None:
     """What runs on a GPU, here on a CPU: the whole of it, a target included."""
     latent = smooth_latent(4, 24, 32)
     compiled = coded(latent)
-    monkeypatch.setattr(function, "kernels", None)
+    monkeypatch.setattr(backends, "COMPILED", None)
     assert len(coded(latent)) == pytest.approx(len(compiled), rel=0.05)
     assert error(coded(latent), latent) == pytest.approx(error(compiled, latent), rel=0.1)
     assert 0.97 * 700 <= len(coded(latent, None, size=700, preset="fast")) <= 700
@@ -178,7 +180,7 @@ def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.skipif(not parts.possible(), reason="a batch has but one process here")
+@pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
 @pytest.mark.usefixtures("two_threads")
 def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
     step, first = Adam.step, os.getpid()
@@ -194,18 +196,18 @@ def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
 
 
-@pytest.mark.skipif(not parts.possible(), reason="a batch has but one process here")
+@pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
 def test_no_part_outlives_a_killed_command() -> None:
     """Its output ends when the last process has."""
     script = """
 import time
-from clric_encoder import parts
+from clric_encoder.training import process_pool
 def train(part, check):
     print(part, flush=True)
     while True:
         time.sleep(0.01)
         check()
-parts.run(train, 2)
+process_pool.run(train, 2)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as command:
         assert command.stdout is not None

@@ -10,11 +10,11 @@ from clric_decoder.context import build_arms, predict
 from clric_decoder.entropy import ideal_bits
 from clric_decoder.networks import Parameters, parameter_groups
 from clric_decoder.synthesis import synthesize as decode
-from clric_encoder import function, kernels
-from clric_encoder.canvas import Canvas
-from clric_encoder.function import GridBits, Packing, Synthesis
-from clric_encoder.parameters import as_networks
-from clric_encoder.quantizer import soft_round_with_noise
+from clric_encoder.model import backends
+from clric_encoder.model.backends import kernels, torch_operations
+from clric_encoder.model.function import GridBits, Packing, Synthesis
+from clric_encoder.model.grid_layout import GridLayout
+from clric_encoder.network_quantization import as_networks
 from conformance import make_vectors
 
 from encoder import plain_function
@@ -51,19 +51,19 @@ def batched(grids: list[np.ndarray]) -> list[torch.Tensor]:
     return [torch.from_numpy(grid)[None].float() for grid in grids]
 
 
-def join(layout: Canvas, grids: list[torch.Tensor]) -> torch.Tensor:
-    """The canvas that splits into grids."""
-    canvas = torch.zeros(len(grids[0]), layout.rows, layout.stride)
-    for place, grid in zip(layout.split(canvas), grids, strict=True):
+def join(layout: GridLayout, grids: list[torch.Tensor]) -> torch.Tensor:
+    """The packed that splits into grids."""
+    packed = torch.zeros(len(grids[0]), layout.rows, layout.stride)
+    for place, grid in zip(layout.split(packed), grids, strict=True):
         place.copy_(grid)
-    return canvas
+    return packed
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_latent_is_the_decoders(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 13, 22)
-    layout = Canvas(architecture, 13, 22, CPU)
+    layout = GridLayout(architecture, 13, 22, CPU)
     ours = (
         Synthesis(join(layout, batched(grids)), as_networks([networks], CPU), architecture, layout).latents[0].numpy()
     )
@@ -74,7 +74,7 @@ def test_latent_is_the_decoders(name) -> None:
 def test_bits_are_those_of_the_integer_model(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 40, 56)
-    layout = Canvas(architecture, 40, 56, CPU)
+    layout = GridLayout(architecture, 40, 56, CPU)
     trained = GridBits(join(layout, batched(grids)), as_networks([networks], CPU), architecture, layout).bits.item()
     coded = 0.0
     for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
@@ -85,9 +85,9 @@ def test_bits_are_those_of_the_integer_model(name) -> None:
 @pytest.fixture(params=["compiled", "torch"])
 def backend(request, monkeypatch) -> None:
     """The compiled loops of CPUs, and the torch code of all other devices, here on a CPU too."""
-    assert function.kernels is not None
+    assert backends.COMPILED is not None
     if request.param == "torch":
-        monkeypatch.setattr(function, "kernels", None)
+        monkeypatch.setattr(backends, "COMPILED", None)
 
 
 @pytest.mark.usefixtures("backend")
@@ -99,19 +99,19 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     if name == "arm-earlier":
         architecture = replace(architecture, two_arms=True, grid_scales=True)
     torch.manual_seed(1)  # others may fall on a kink of the ARM
-    layout, packing = Canvas(architecture, *size, CPU), Packing(architecture, CPU)
+    layout, packing = GridLayout(architecture, *size, CPU), Packing(architecture, CPU)
     grids = [3 * torch.randn(2, *shape) for shape in layout.shapes]
     grids[0].view(-1)[:5] = 70  # beyond what the ARM sees
-    canvas = join(layout, grids)
+    packed = join(layout, grids)
     vectors = packing.defaults + 0.1 * torch.randn(2, len(packing.defaults))
     networks = packing.split(vectors)
-    grid_bits = GridBits(canvas, networks, architecture, layout, torch.full((2,), 1 / 1000))
-    synthesis = Synthesis(canvas, networks, architecture, layout)
+    grid_bits = GridBits(packed, networks, architecture, layout, torch.full((2,), 1 / 1000))
+    synthesis = Synthesis(packed, networks, architecture, layout)
     bits, latents = grid_bits.bits, synthesis.latents
-    to_canvas, to_vectors = torch.zeros_like(canvas), packing.bits_gradient(vectors) / 1000
-    grid_bits.backward(packing.split(to_vectors), to_canvas)
-    synthesis.backward(2 * latents / latents[0].numel(), packing.split(to_vectors), to_canvas)
-    got = layout.split(to_canvas)
+    grad_packed, grad_vectors = torch.zeros_like(packed), packing.bits_gradient(vectors) / 1000
+    grid_bits.backward(packing.split(grad_vectors), grad_packed)
+    synthesis.backward(2 * latents / latents[0].numel(), packing.split(grad_vectors), grad_packed)
+    got = layout.split(grad_packed)
 
     for i in range(2):
         own = [grid[i].clone().requires_grad_() for grid in grids]
@@ -126,7 +126,7 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
         for grid, plain in zip(got, own, strict=True):
             if plain.numel():
                 torch.testing.assert_close(grid[i], plain.grad, rtol=1e-3, atol=1e-5)
-        for key, gradient in packing.split(to_vectors).items():
+        for key, gradient in packing.split(grad_vectors).items():
             if values[key].numel():
                 torch.testing.assert_close(gradient[i], values[key].grad, rtol=2e-3, atol=1e-4)
 
@@ -135,26 +135,28 @@ def test_the_number_of_threads_changes_nothing(monkeypatch) -> None:
     """Every loop is split, and the ARM has threads of its own beside the synthesis."""
     monkeypatch.setattr(kernels, "_LEAST_WORK", 1)
     architecture = ARCHITECTURES["size-7x5"]
-    layout, packing = Canvas(architecture, 96, 128, CPU), Packing(architecture, CPU)
-    canvas = join(layout, [2 * torch.randn(3, *shape) for shape in layout.shapes])
+    layout, packing = GridLayout(architecture, 96, 128, CPU), Packing(architecture, CPU)
+    packed = join(layout, [2 * torch.randn(3, *shape) for shape in layout.shapes])
     networks = packing.split(packing.defaults + 0.1 * torch.randn(3, len(packing.defaults)))
     results = []
     for threads in (1, 2, 5):
         with kernels.without_torch_threads(), kernels.own_threads(threads):
-            to_canvas, to_vectors = torch.zeros_like(canvas), torch.zeros(3, len(packing.defaults))
-            to_networks, targets = packing.split(to_vectors), torch.zeros(3, 4, 96, 128)
-            losses = function.add_gradients(
-                canvas, networks, architecture, layout, targets, torch.ones(3), to_networks, to_canvas
-            )
-            rounded, slope = kernels.soft_round_with_noise(canvas, canvas.flip(0), 0.1, 0.15)
-            bits = GridBits(canvas, networks, architecture, layout).bits
-            results.append((*losses, to_canvas, to_vectors, bits, rounded, slope))
+            grad_packed, grad_vectors = torch.zeros_like(packed), torch.zeros(3, len(packing.defaults))
+            grad_networks, targets = packing.split(grad_vectors), torch.zeros(3, 4, 96, 128)
+            grid_bits = GridBits(packed, networks, architecture, layout, torch.ones(3))
+            errors = Synthesis(packed, networks, architecture, layout)
+            errors.backward(errors.latents - targets, grad_networks, grad_packed)
+            grid_bits.backward(grad_networks, grad_packed)
+            losses = errors.latents, grid_bits.bits
+            rounded, slope = kernels.soft_round_with_noise(packed, packed.flip(0), 0.1, 0.15)
+            bits = GridBits(packed, networks, architecture, layout).bits
+            results.append((*losses, grad_packed, grad_vectors, bits, rounded, slope))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("soft_round", [soft_round_with_noise, kernels.soft_round_with_noise])
+@pytest.mark.parametrize("soft_round", [torch_operations.soft_round_with_noise, kernels.soft_round_with_noise])
 def test_soft_rounding_and_its_gradient(soft_round) -> None:
     values = torch.linspace(-3.3, 3.4, 2000, requires_grad=True)
     noise = torch.randn(2000, generator=torch.Generator().manual_seed(0))
@@ -175,10 +177,10 @@ def test_laplace_bits_by_hand() -> None:
     architecture = replace(
         ARCHITECTURES["size-7x5"], channels=(1,), neighbours=0, earlier=0, coarser=0, hidden_layers=0, grid_scales=False
     )
-    layout, packing = Canvas(architecture, 1, 1, CPU), Packing(architecture, CPU)
+    layout, packing = GridLayout(architecture, 1, 1, CPU), Packing(architecture, CPU)
     # b = 1: P(0) = 1 - e^-1/2, P(2) = (e^-3/2 - e^-5/2) / 2
     expected = [-np.log2(1 - np.exp(-0.5)), *[-np.log2((np.exp(-1.5) - np.exp(-2.5)) / 2)] * 2, 16]
     for value, bits in zip([0.0, 2.0, -2.0, 500.0], expected, strict=True):
-        canvas = join(layout, [torch.full((1, 1, 1, 1), value)])
-        got = GridBits(canvas, packing.split(packing.defaults[None]), architecture, layout).bits
+        packed = join(layout, [torch.full((1, 1, 1, 1), value)])
+        got = GridBits(packed, packing.split(packing.defaults[None]), architecture, layout).bits
         assert got.item() == pytest.approx(bits, rel=1e-5)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from clric_decoder.networks import parameter_groups
-from clric_encoder import optimizer
-from clric_encoder.optimizer import COVARIANCE_BETA, LARGEST_SIDE, RISE, TURN_EVERY, Adam, Soap
-from clric_encoder.presets import default_architecture
+from clric_encoder.model import backends
+from clric_encoder.training.optimizers import COVARIANCE_BETA, LARGEST_SIDE, RISE, TURN_EVERY, Adam, Soap
+from clric_encoder.training.presets import default_architecture
 
 BETAS = (0.9, 0.95)
 
@@ -16,7 +16,7 @@ BETAS = (0.9, 0.95)
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(optimizer, "compiled", lambda device: False)
+        monkeypatch.setattr(backends, "COMPILED", None)
 
 
 def test_adam_is_that_of_torch() -> None:

@@ -13,8 +13,8 @@ import click
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.terminal import print_error, run_command
 
-from ..presets import PRESETS
 from ..rate import Rate
+from ..training.presets import PRESETS
 from .codecs import CODECS, make_codecs
 from .measure import list_images
 

@@ -171,7 +171,7 @@ def _clric_codecs(vae: str, presets: Sequence[str], lambdas: Sequence[float], mo
 
 
 def _training_seconds(preset: str) -> float:
-    from ..presets import PRESETS
+    from ..training.presets import PRESETS
 
     return 3 + 0.005 * PRESETS[preset].iterations
 

@@ -17,7 +17,7 @@ from clric_decoder.errors import ClricError
 from clric_decoder.files import write_output
 from clric_decoder.networks import mac_per_pixel
 
-from ..presets import PRESETS
+from ..training.presets import PRESETS
 from . import pictures
 from .compare import (
     MIN_OVERLAP,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from clric_decoder.networks import Group
 
-from .function import compiled, kernels
+from ..model.backends import SoapState, backend_for
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,12 +40,7 @@ class Adam:
         self._steps += 1
         length, epsilon = self._scales(rate)
         mean, square = self._state
-        if compiled(values.device):
-            kernels.adam(values, gradient, mean, square, self._betas, length, epsilon)
-            return
-        mean.lerp_(gradient, 1 - self._betas[0])
-        square.mul_(self._betas[1]).addcmul_(gradient, gradient, value=1 - self._betas[1])
-        values.addcdiv_(mean, square.sqrt().add_(epsilon), value=-length)
+        backend_for(values.device).adam(values, gradient, mean, square, self._betas, length, epsilon)
 
     def _scales(self, rate: float) -> tuple[float, float]:
         """Step length and epsilon, both with the correction for moments that start at zero."""
@@ -81,55 +76,23 @@ class Soap(Adam):
         covariances, bases = values.new_zeros(len(values), size), values.new_zeros(len(values), size)
         self._state += [covariances, bases]
         for place, side in self._sides():
-            self._square(bases, place, side).diagonal(dim1=1, dim2=2).fill_(1)
+            basis = SoapState.matrix(bases, place, side)
+            assert basis is not None
+            basis.diagonal(dim1=1, dim2=2).fill_(1)
 
     def step(self, values: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:
         """As `Adam.step`."""
         self._steps += 1
         length, epsilon = self._scales(rate * min(1, self._steps / RISE))
         mean, square, covariances, bases = self._state
-        if compiled(values.device):
-            kernels.soap(
-                values, gradient, mean, square, covariances, bases, self._table, self._betas, COVARIANCE_BETA, length,
-                epsilon,
-            )  # fmt: skip
-        else:
-            mean.lerp_(gradient, 1 - self._betas[0])
-            for first, rows, columns, left, right in self._table:
-                own = slice(first, first + rows * columns)
-                turned = self._turned(gradient[:, own].unflatten(1, (rows, columns)), left, right)
-                square[:, own].mul_(self._betas[1]).add_(turned.square().flatten(1), alpha=1 - self._betas[1])
-                moved = self._turned(mean[:, own].unflatten(1, (rows, columns)), left, right)
-                moved /= square[:, own].sqrt().add_(epsilon).view_as(moved)
-                if left >= 0:
-                    moved = self._square(bases, left, rows) @ moved
-                if right >= 0:
-                    moved = moved @ self._square(bases, right, columns).transpose(1, 2)
-                values[:, own].sub_(moved.flatten(1), alpha=length)
-            self._learn(gradient)
+        state = SoapState(mean, square, covariances, bases, self._table)
+        backend_for(values.device).soap(values, gradient, state, self._betas, COVARIANCE_BETA, length, epsilon)
         if self._steps % TURN_EVERY == 0:
             for place, side in self._sides():
-                vectors = torch.linalg.eigh(self._square(covariances, place, side).double()).eigenvectors
-                self._square(bases, place, side).copy_(vectors)
-
-    def _turned(self, matrices: torch.Tensor, left: int, right: int) -> torch.Tensor:
-        """Matrices (batch, rows, columns) in the eigenbases."""
-        bases = self._state[3]
-        if left >= 0:
-            matrices = self._square(bases, left, matrices.shape[1]).transpose(1, 2) @ matrices
-        if right >= 0:
-            matrices = matrices @ self._square(bases, right, matrices.shape[2])
-        return matrices.clone() if left < 0 and right < 0 else matrices
-
-    def _learn(self, gradient: torch.Tensor) -> None:
-        """Covariances of the gradient, averaged over time."""
-        covariances = self._state[2]
-        for first, rows, columns, left, right in self._table:
-            own = gradient[:, first : first + rows * columns].unflatten(1, (rows, columns))
-            if left >= 0:
-                self._square(covariances, left, rows).lerp_(own @ own.transpose(1, 2), 1 - COVARIANCE_BETA)
-            if right >= 0:
-                self._square(covariances, right, columns).lerp_(own.transpose(1, 2) @ own, 1 - COVARIANCE_BETA)
+                covariance, basis = (state.matrix(matrices, place, side) for matrices in self._state[2:])
+                assert covariance is not None
+                assert basis is not None
+                basis.copy_(torch.linalg.eigh(covariance.double()).eigenvectors)
 
     def _sides(self) -> Iterator[tuple[int, int]]:
         """Where each square matrix begins, and its side."""
@@ -138,7 +101,3 @@ class Soap(Adam):
                 yield left, rows
             if right >= 0:
                 yield right, columns
-
-    @staticmethod
-    def _square(matrices: torch.Tensor, place: int, side: int) -> torch.Tensor:
-        return matrices[:, place : place + side * side].unflatten(1, (side, side))

@@ -11,10 +11,11 @@ from clric_decoder.bitstream import Architecture, SynthesisLayer
 
 @dataclass(frozen=True)
 class Stage:
-    """Iterations with one stand-in for rounding; learning rates decay along a half cosine.
+    """Iterations with one surrogate for rounding; learning rates decay along a half cosine.
 
     Pairs are (first, last) values over the stage. ``temperature`` and ``sigma`` belong to soft rounding. ``fixed``: the
-    networks are quantised before, and the grids alone are trained.
+    networks are quantised before, and the grids alone are trained. ``look_every``: iterations between two looks at the
+    image, where that is what is trained on.
     """
 
     iterations: int
@@ -24,6 +25,7 @@ class Stage:
     temperature: tuple[float, float] = (0.0, 0.0)
     sigma: tuple[float, float] = (0.0, 0.0)
     fixed: bool = False
+    look_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Preset:
     empty grids and random networks (Cool-Chic).
     betas: what Adam and SOAP keep of first and second moments from one iteration to the next.
     network_optimizer: that of the networks; grids have Adam.
-    stages: the first is also what warm-up candidates are trained with.
+    stages: of the training on the latent; the first is also what warm-up candidates are trained with.
+    tuning: of the training on the image that follows it.
     """
 
     architecture: Callable[[int], Architecture]
@@ -52,10 +55,11 @@ class Preset:
     network_optimizer: Literal["adam", "soap"]
     warm_up: tuple[WarmUp, ...]
     stages: tuple[Stage, ...]
+    tuning: Stage
 
     @property
     def iterations(self) -> int:
-        """All iterations, candidates included."""
+        """All iterations on the latent, candidates included."""
         return sum(w.candidates * w.iterations for w in self.warm_up) + sum(s.iterations for s in self.stages)
 
 
@@ -106,7 +110,12 @@ def default_architecture(channels: int) -> Architecture:
     )
 
 
-def _default(iterations: int) -> Preset:
+def _tuning(looks: int) -> Stage:
+    iterations = 4 * looks
+    return Stage(iterations, "soft", (2e-3, 1e-4), (0.05, 0.0005), (0.25, 0.04), (0.22, 0.15), look_every=4)
+
+
+def _default(iterations: int, looks: int) -> Preset:
     return Preset(
         architecture=default_architecture,
         start="principal",
@@ -114,13 +123,14 @@ def _default(iterations: int) -> Preset:
         network_optimizer="soap",
         warm_up=(),
         stages=(Stage(iterations, "soft", (1.5e-2, 2.5e-4), (0.05, 0.001), (0.25, 0.04), (0.22, 0.15)),),
+        tuning=_tuning(looks),
     )
 
 
 PRESETS = {
-    "fast": _default(600),
-    "default": _default(1500),
-    "slow": _default(4000),
+    "fast": _default(600, 12),
+    "default": _default(1500, 40),
+    "slow": _default(4000, 150),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
@@ -131,5 +141,6 @@ PRESETS = {
             Stage(10600, "uniform", (1e-2, 1e-4), (0.16, 0.0016)),
             Stage(2500, "hard", (1e-4, 1e-5), (0.0016, 0.00016), fixed=True),
         ),
+        tuning=_tuning(40),
     ),
 }

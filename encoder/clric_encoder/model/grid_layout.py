@@ -2,7 +2,7 @@
 
 The planes of all levels and channels lie below each other, the finest level first, each under rows of zeros and
 between columns of zeros as wide as the ARM's neighbourhood reaches. A neighbour is then the same distance away
-wherever it is in the flattened canvas, and values outside of a grid are zeros as the specification wants them.
+wherever it is in the flattened packed, and values outside of a grid are zeros as the specification wants them.
 
     0 0 0 0 0 0 0      one row of zeros for each row that the ARM looks back
     0 0 0 a a a a      a plane of level 0, full width
@@ -22,15 +22,15 @@ from clric_decoder.bitstream import Architecture, grid_shapes
 from clric_decoder.context import NEIGHBOURS, REACH
 
 
-class Canvas:
+class GridLayout:
     """The places of the grids of an architecture for latents of one size, on one device.
 
-    shapes: (channels, height, width) of each level. rows, stride: the canvas's size. mask: (rows, stride) float32, one
+    shapes: (channels, height, width) of each level. rows, stride: the packed's size. mask: (rows, stride) float32, one
     where a grid value is. planes: first row, height and width of each plane, over all levels. plane_numbers: (rows,)
     which of them a row belongs to.
-    lead: zeros that stand before the flattened canvas where neighbours are looked up.
+    lead: zeros that stand before the flattened packed where neighbours are looked up.
     offsets: (neighbours, 2) int64 array, how far down and right of a value each neighbour stands.
-    neighbours: how far on each is in the flattened canvas.
+    neighbours: how far on each is in the flattened packed.
     places: (planes, 2) int64 array, the level and the first row of each plane. sizes: (levels, 2) int64 array.
     ends: (levels,) int64 array, where the planes of each level would end if one of each lay behind each other.
     doublings: for each level but the last, the `Doubling` that leads to it along rows and along columns.
@@ -73,17 +73,17 @@ class Canvas:
         ]
         self.extras = self._extra_inputs(architecture).to(device)
 
-    def split(self, canvas: torch.Tensor) -> list[torch.Tensor]:
+    def split(self, packed: torch.Tensor) -> list[torch.Tensor]:
         """(batch, rows, stride) -> views (batch, channels, height, width), the finest level first."""
         grids = []
         for top, (channels, height, width) in zip(self.tops, self.shapes, strict=True):
-            block = canvas[:, top : top + channels * (REACH + height)]
-            block = block.view(len(canvas), channels, REACH + height, self.stride)
+            block = packed[:, top : top + channels * (REACH + height)]
+            block = block.view(len(packed), channels, REACH + height, self.stride)
             grids.append(block[:, :, REACH:, REACH : REACH + width])
         return grids
 
     def span(self, levels: range) -> slice:
-        """The part of the flattened canvas that the planes of these levels take."""
+        """The part of the flattened packed that the planes of these levels take."""
         tops = [*self.tops, self.rows]
         return slice(tops[levels.start] * self.stride, tops[levels.stop] * self.stride)
 

@@ -1,6 +1,6 @@
 """A training step, from rounding to the optimisers, as compiled loops for CPUs.
 
-The same results as the torch code in `function`, in half of its time and less: a block of grid values goes through
+The same results as `torch_operations`, in half of its time and less: a block of grid values goes through
 all layers and back while it is in the processor's first caches, where torch writes every intermediate value to memory.
 numba compiles these functions at their first use on a machine, and keeps the result beside them or in the user's cache.
 
@@ -56,18 +56,18 @@ def _inlined(function: Callable[..., Any]) -> Any:
 
 
 class ArmBits:
-    """Bits of planes of a canvas by an ARM, and their gradients; begun here, and waited for where asked for.
+    """Bits of planes of a packed by an ARM, and their gradients; begun here, and waited for where asked for.
 
-    canvas: (batch, rows, stride). planes: first row, height and width of each. neighbours: (inputs, 2) int64, how far
+    packed: (batch, rows, stride). planes: first row, height and width of each. neighbours: (inputs, 2) int64, how far
     down and right each input stands. scales: (batch, planes), added to the logarithm of the scale. weights, biases:
     (batch, all layers'), a layer's weights (outputs, inputs). sizes: widths from the inputs to the two outputs.
-    limits: largest context and activation, range of the logarithm of the scale, smallest probability. prices: (batch,),
-    what gradients are multiplied by; None where they are not wanted.
+    limits: largest context and activation, range of the logarithm of the scale, smallest probability. rate_weights:
+    (batch,), what gradients are multiplied by; None where they are not wanted.
     """
 
     def __init__(
         self,
-        canvas: torch.Tensor,
+        packed: torch.Tensor,
         planes: tuple[tuple[int, int, int], ...],
         neighbours: np.ndarray,
         scales: torch.Tensor,
@@ -75,25 +75,25 @@ class ArmBits:
         biases: torch.Tensor,
         sizes: Sequence[int],
         limits: Sequence[float],
-        prices: torch.Tensor | None,
+        rate_weights: torch.Tensor | None,
     ) -> None:
-        batch, stride = len(canvas), canvas.shape[2]
+        batch, stride = len(packed), packed.shape[2]
         blocks, count = _blocks(planes, stride)
         self._bits = torch.empty(batch, len(blocks))
-        wanted = 0 if prices is None else batch
-        self._by_mean, self._by_inputs = torch.empty(wanted, count), torch.empty(wanted, len(neighbours), count)
-        self._by_scales = torch.empty(wanted, len(blocks))
-        self._by_weights = torch.empty(wanted, len(blocks), weights.shape[1])
-        self._by_biases = torch.empty(wanted, len(blocks), biases.shape[1])
-        self._canvas, self._blocks, self._neighbours = canvas, blocks, neighbours
+        wanted = 0 if rate_weights is None else batch
+        self._grad_mean, self._grad_inputs = torch.empty(wanted, count), torch.empty(wanted, len(neighbours), count)
+        self._grad_scales = torch.empty(wanted, len(blocks))
+        self._grad_weights = torch.empty(wanted, len(blocks), weights.shape[1])
+        self._grad_biases = torch.empty(wanted, len(blocks), biases.shape[1])
+        self._packed, self._blocks, self._neighbours = packed, blocks, neighbours
         self._planes = torch.from_numpy(blocks[:, _PLANE])
         self._limits = np.array(limits, np.float32)
-        self._work = (1 if prices is None else 3) * batch * count * weights.shape[1]
-        arrays = _arrays(canvas, scales, weights, biases, torch.empty(0) if prices is None else prices)
-        arrays += _arrays(self._bits, self._by_mean, self._by_inputs, self._by_scales)
-        arrays += _arrays(self._by_weights, self._by_biases)
+        self._work = (1 if rate_weights is None else 3) * batch * count * weights.shape[1]
+        arrays = _arrays(packed, scales, weights, biases, torch.empty(0) if rate_weights is None else rate_weights)
+        arrays += _arrays(self._bits, self._grad_mean, self._grad_inputs, self._grad_scales)
+        arrays += _arrays(self._grad_weights, self._grad_biases)
         arrays += [blocks, neighbours, np.array(sizes), self._limits]
-        if prices is None:  # the bits are asked for at once
+        if rate_weights is None:  # the bits are asked for at once
             _spread(_arm_bits, batch * len(blocks), self._work, *arrays)
             self._wait = _nothing
         else:
@@ -108,19 +108,19 @@ class ArmBits:
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """By scales, weights and biases."""
         self._wait()
-        by_scales = self._by_scales.new_zeros(len(self._by_scales), int(self._blocks[-1, _PLANE]) + 1)
-        by_scales.index_add_(1, self._planes, self._by_scales)
-        return by_scales, self._by_weights.sum(1), self._by_biases.sum(1)
+        grad_scales = self._grad_scales.new_zeros(len(self._grad_scales), int(self._blocks[-1, _PLANE]) + 1)
+        grad_scales.index_add_(1, self._planes, self._grad_scales)
+        return grad_scales, self._grad_weights.sum(1), self._grad_biases.sum(1)
 
-    def add_to(self, to_canvas: torch.Tensor) -> None:
-        """Adds the gradients by the values of the canvas, themselves and as neighbours."""
+    def add_to(self, grad_packed: torch.Tensor) -> None:
+        """Adds the gradients by the values of the packed, themselves and as neighbours."""
         self._wait()
-        arrays = _arrays(self._by_mean, self._by_inputs, self._canvas, to_canvas)
+        arrays = _arrays(self._grad_mean, self._grad_inputs, self._packed, grad_packed)
         arrays += [self._blocks, self._neighbours, self._limits]
-        _spread(_scatter, len(to_canvas) * len(self._blocks), 2 * self._by_inputs.numel(), *arrays)
+        _spread(_scatter, len(grad_packed) * len(self._blocks), 2 * self._grad_inputs.numel(), *arrays)
 
 
-# Columns of a table of blocks: the plane's number, where the block's first value stands in the flattened canvas and
+# Columns of a table of blocks: the plane's number, where the block's first value stands in the flattened packed and
 # among the values of all planes (row by row, without what is around them), rows and columns of the block, its place in
 # the plane, and the plane's size.
 _PLANE, _PLACE, _FIRST, _ROWS, _WIDE, _TOP, _LEFT, _HEIGHT, _WIDTH = range(9)
@@ -163,7 +163,7 @@ def convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     arrays = _arrays(inputs, weight.flatten(3), bias, outputs)
     work = weight.numel() * inputs[0, 0].numel()
     if weight.shape[3] == 1:
-        _spread(_mix, len(inputs) * -(-inputs[0, 0].numel() // _BLOCK), work, *arrays)
+        _spread(_conv1x1, len(inputs) * -(-inputs[0, 0].numel() // _BLOCK), work, *arrays)
     else:
         tiles = _tiles(*inputs.shape[2:], _ROOM - 2, _COLUMNS, 2)
         _spread(_convolve, len(inputs) * len(tiles), work, *arrays, tiles)
@@ -177,19 +177,19 @@ def convolve_backward(
     batch, outputs = weight.shape[:2]
     tiles = _tiles(*inputs.shape[2:], _ROOM - 2, _COLUMNS, 4)
     parts = len(tiles) if weight.shape[3] > 1 else -(-inputs[0, 0].numel() // _BLOCK)
-    to_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    to_weight, to_bias = torch.empty(batch, parts, weight[0].numel()), torch.empty(batch, parts, outputs)
+    grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    grad_weight, grad_bias = torch.empty(batch, parts, weight[0].numel()), torch.empty(batch, parts, outputs)
     work = 2 * weight.numel() * inputs[0, 0].numel()
-    arrays = _arrays(gradient, inputs, weight.flatten(3), to_inputs, to_weight, to_bias)
+    arrays = _arrays(gradient, inputs, weight.flatten(3), grad_inputs, grad_weight, grad_bias)
     if weight.shape[3] == 1:
-        _spread(_mix_backward, batch * parts, work, *arrays)
+        _spread(_conv1x1_backward, batch * parts, work, *arrays)
     else:
         _spread(_convolve_backward, batch * parts, work, *arrays, tiles)
-    return to_inputs, to_weight.sum(1).view_as(weight), to_bias.sum(1)
+    return grad_inputs, grad_weight.sum(1).view_as(weight), grad_bias.sum(1)
 
 
 class Upsampled:
-    """All planes of a canvas (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
+    """All planes of a packed (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
 
     taps: (batch, levels - 1, 4), those of the doubling to each level. places: (planes, 2) int64, the level and the
     first row of each. sizes, ends: (levels, 2) and (levels,) int64, of each level's planes, and of their values when
@@ -197,28 +197,28 @@ class Upsampled:
     """
 
     def __init__(
-        self, canvas: torch.Tensor, taps: torch.Tensor, places: np.ndarray, sizes: np.ndarray, ends: np.ndarray
+        self, packed: torch.Tensor, taps: torch.Tensor, places: np.ndarray, sizes: np.ndarray, ends: np.ndarray
     ) -> None:
         # What each level's plane becomes on its way to the finest: the levels between lie behind each other
         self._geometry = (places, sizes, ends)
-        self._taps, self._between = taps, torch.empty(len(canvas), len(places), int(ends[-1] - ends[0]))
-        self.outputs = torch.empty(len(canvas), len(places), *sizes[0].tolist())
-        self._tasks, self._work = len(canvas) * len(places), 8 * self.outputs.numel()
-        arrays = _arrays(canvas, taps, self._between, self.outputs)
+        self._taps, self._between = taps, torch.empty(len(packed), len(places), int(ends[-1] - ends[0]))
+        self.outputs = torch.empty(len(packed), len(places), *sizes[0].tolist())
+        self._tasks, self._work = len(packed) * len(places), 8 * self.outputs.numel()
+        arrays = _arrays(packed, taps, self._between, self.outputs)
         _spread(_upsample, self._tasks, self._work, *arrays, *self._geometry)
 
-    def backward(self, gradient: torch.Tensor, to_canvas: torch.Tensor) -> torch.Tensor:
-        """Of the outputs -> of taps; that of the canvas is added to `to_canvas`."""
-        to_taps = torch.zeros(*gradient.shape[:2], *self._taps.shape[1:])
-        arrays = _arrays(gradient, self._taps, self._between, to_canvas, to_taps)
+    def backward(self, gradient: torch.Tensor, grad_packed: torch.Tensor) -> torch.Tensor:
+        """Of the outputs -> of taps; that of the packed is added to `grad_packed`."""
+        grad_taps = torch.zeros(*gradient.shape[:2], *self._taps.shape[1:])
+        arrays = _arrays(gradient, self._taps, self._between, grad_packed, grad_taps)
         _spread(_upsample_backward, self._tasks, 3 * self._work, *arrays, *self._geometry)
-        return to_taps.sum(1)
+        return grad_taps.sum(1)
 
 
 def soft_round_with_noise(
     values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `quantizer.soft_round_with_noise`."""
+    """As `torch_operations.soft_round_with_noise`."""
     rounded, slope = torch.empty_like(values), torch.empty_like(values)
     arrays = [array.reshape(-1) for array in _arrays(values, noise, rounded, slope)]
     tasks = -(-values.numel() // _BLOCK)
@@ -235,7 +235,7 @@ def adam(
     length: float,
     epsilon: float,
 ) -> None:
-    """A step of `optimizer.Adam`: moments and values change in place."""
+    """A step of `training.optimizers.Adam`: moments and values change in place."""
     arrays = [array.reshape(-1) for array in _arrays(values, gradient, mean, square)]
     _adam(*arrays, np.array([*betas, length, epsilon], np.float32))
 
@@ -253,7 +253,7 @@ def soap(
     length: float,
     epsilon: float,
 ) -> None:
-    """A step of `optimizer.Soap`: moments, covariances and values change in place."""
+    """A step of `training.optimizers.Soap`: moments, covariances and values change in place."""
     arrays = _arrays(values, gradient, mean, square, covariances, bases)
     numbers = np.array([*betas, length, epsilon, covariance_beta], np.float32)
     _soap(*arrays, np.array(table), numbers)
@@ -419,7 +419,7 @@ def _add_row(target: np.ndarray, weight: np.floating, source: np.ndarray) -> Non
 
 
 @_compiled
-def _turned(matrix: np.ndarray, left: np.ndarray, right: np.ndarray, scratch: np.ndarray, result: np.ndarray) -> None:
+def _rotate(matrix: np.ndarray, left: np.ndarray, right: np.ndarray, scratch: np.ndarray, result: np.ndarray) -> None:
     """result = left^T matrix right, for square matrices of eigenvectors; one without rows leaves its side as it is."""
     rows = len(matrix)
     if len(left):
@@ -469,14 +469,14 @@ def _soap(
             left, right = _square(bases[b], table[g, 3], rows), _square(bases[b], table[g, 4], columns)
             scratch, turned = np.empty((rows, columns), np.float32), np.empty((rows, columns), np.float32)
             moved = np.empty((rows, columns), np.float32)
-            _turned(slopes, left, right, scratch, turned)
-            _turned(flat_mean.reshape((rows, columns)), left, right, scratch, moved)
+            _rotate(slopes, left, right, scratch, turned)
+            _rotate(flat_mean.reshape((rows, columns)), left, right, scratch, moved)
             for i in range(rows):
                 for j in range(columns):
                     moments[i, j] = other_beta * moments[i, j] + other_share * turned[i, j] * turned[i, j]
                     moved[i, j] *= length / (np.sqrt(moments[i, j]) + epsilon)
             # Back: left moved right^T
-            _turned(moved, np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), scratch, turned)
+            _rotate(moved, np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), scratch, turned)
             _add_row(values[b, own], np.float32(-1), turned.reshape(-1))
 
             by_row, by_column = (
@@ -515,7 +515,7 @@ def _sum_of_log2(values: np.ndarray, mantissas: np.ndarray) -> np.floating:
 
 
 @_inlined
-def _weigh(
+def _weighted_sums(
     result: np.ndarray,
     to: int,
     other: int,
@@ -618,23 +618,23 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.floating:
 def _arm_bits(
     first_task: int,
     last_task: int,
-    canvas: np.ndarray,
+    packed: np.ndarray,
     scales: np.ndarray,
     weights: np.ndarray,
     biases: np.ndarray,
-    prices: np.ndarray,
+    rate_weights: np.ndarray,
     bits: np.ndarray,
-    by_mean: np.ndarray,
-    by_inputs: np.ndarray,
-    by_scales: np.ndarray,
-    by_weights: np.ndarray,
-    by_biases: np.ndarray,
+    grad_mean: np.ndarray,
+    grad_inputs: np.ndarray,
+    grad_scales: np.ndarray,
+    grad_weights: np.ndarray,
+    grad_biases: np.ndarray,
     blocks: np.ndarray,
     neighbours: np.ndarray,
     sizes: np.ndarray,
     limits: np.ndarray,
 ) -> None:
-    layers, height, stride = len(sizes) - 1, sizes.sum(), canvas.shape[2]
+    layers, height, stride = len(sizes) - 1, sizes.sum(), packed.shape[2]
     widest, largest, low, high, least = limits[0], limits[1], limits[2], limits[3], limits[4]
     activations = np.empty((height, _BLOCK), np.float32)
     gradients = np.empty((height, _BLOCK), np.float32)
@@ -648,7 +648,7 @@ def _arm_bits(
         block = blocks[c]
         place, first, rows, wide, width = block[_PLACE], block[_FIRST], block[_ROWS], block[_WIDE], block[_WIDTH]
         n = rows * wide
-        flat = canvas[b].reshape(-1)
+        flat = packed[b].reshape(-1)
         for y in range(rows):
             own[y * wide : (y + 1) * wide] = flat[place + y * stride : place + y * stride + wide]
         for k in range(sizes[0]):
@@ -663,7 +663,7 @@ def _arm_bits(
             for j in range(0, outputs, 2):
                 other = min(j + 1, outputs - 1)
                 to, pair = at + inputs, (biases[b, v + j], biases[b, v + other])
-                _weigh(
+                _weighted_sums(
                     activations, to + j, to + other, pair, activations, at, inputs, own_weights, w + j * inputs,
                     w + other * inputs, 1, n,
                 )  # fmt: skip
@@ -673,7 +673,7 @@ def _arm_bits(
                         activations[j, i] = min(max(activations[j, i], np.float32(0)), largest)
             at, w, v = at + inputs, w + inputs * outputs, v + outputs
 
-        # Laplace, as in clric_encoder.function
+        # Laplace, as in torch_operations
         mean, log_scale = activations[at], activations[at + 1]
         shift = scales[b, block[_PLANE]]
         for i in range(n):
@@ -694,13 +694,13 @@ def _arm_bits(
             both = np.float32(1) - far[i] + (opposite if inner[i] > 0 else -opposite)
             probability[i] = max(np.float32(0.5) * both, least)
         bits[b, c] = -_sum_of_log2(probability[:n], whole)
-        if not len(prices):
+        if not len(rate_weights):
             continue
 
         to_mean, to_scale = gradients[at], gradients[at + 1]
-        price = np.float32(-0.5) * _LOG2_E * prices[b]
+        bit_weight = np.float32(-0.5) * _LOG2_E * rate_weights[b]
         for i in range(n):
-            slope = price * rate[i] / probability[i]
+            slope = bit_weight * rate[i] / probability[i]
             rate[i] = slope if probability[i] > least else np.float32(0)
         for i in range(n):
             side = rate[i] if own[i] > mean[i] else -rate[i]
@@ -708,24 +708,24 @@ def _arm_bits(
         for i in range(n):
             by = (inner[i] * near[i] + (np.float32(1) - inner[i]) * far[i]) * rate[i] * -_LN_2
             to_scale[i] = by if low < log_scale[i] < high else np.float32(0)
-        by_scales[b, c] = to_scale[:n].sum()
+        grad_scales[b, c] = to_scale[:n].sum()
         for y in range(rows):
             start = first + y * width
-            by_mean[b, start : start + wide] = to_mean[y * wide : (y + 1) * wide]
+            grad_mean[b, start : start + wide] = to_mean[y * wide : (y + 1) * wide]
         for layer in range(layers - 1, -1, -1):
             inputs, outputs = sizes[layer], sizes[layer + 1]
             at, w, v = at - inputs, w - inputs * outputs, v - outputs
-            own_result = by_weights[b, c]
+            own_result = grad_weights[b, c]
             _dots(gradients, at + inputs, outputs, activations, at, inputs, n, own_result, w)
             for j in range(outputs):
                 total = np.float32(0)
                 for i in range(n):
                     total += gradients[at + inputs + j, i]
-                by_biases[b, c, v + j] = total
+                grad_biases[b, c, v + j] = total
             own_weights = weights[b]
             for k in range(0, inputs, 2):
                 other = min(k + 1, inputs - 1)
-                _weigh(
+                _weighted_sums(
                     gradients, at + k, at + other, (np.float32(0), np.float32(0)), gradients, at + inputs, outputs,
                     own_weights, w + k, w + other, inputs, n,
                 )  # fmt: skip
@@ -736,23 +736,23 @@ def _arm_bits(
         for k in range(sizes[0]):
             for y in range(rows):
                 start = first + y * width
-                by_inputs[b, k, start : start + wide] = gradients[k, y * wide : (y + 1) * wide]
+                grad_inputs[b, k, start : start + wide] = gradients[k, y * wide : (y + 1) * wide]
 
 
 @_compiled
 def _scatter(
     first_task: int,
     last_task: int,
-    by_mean: np.ndarray,
-    by_inputs: np.ndarray,
-    canvas: np.ndarray,
-    to_canvas: np.ndarray,
+    grad_mean: np.ndarray,
+    grad_inputs: np.ndarray,
+    packed: np.ndarray,
+    grad_packed: np.ndarray,
     blocks: np.ndarray,
     neighbours: np.ndarray,
     limits: np.ndarray,
 ) -> None:
     """Gradients by inputs, added where the inputs stand, and that by the mean, taken from the value's own."""
-    stride, widest = canvas.shape[2], limits[0]
+    stride, widest = packed.shape[2], limits[0]
     sums = np.empty(_BLOCK, np.float32)
     for task in range(first_task, last_task):
         b, block = task // len(blocks), blocks[task % len(blocks)]
@@ -768,18 +768,18 @@ def _scatter(
                 begin, end = max(0, -right - left), min(wide, width - right - left)
                 start = first + (y + down) * width + right
                 if begin < end:
-                    target, source = sums[begin:end], by_inputs[b, k, start + begin : start + end]
+                    target, source = sums[begin:end], grad_inputs[b, k, start + begin : start + end]
                     for i in range(end - begin):
                         target[i] += source[i]
             at = place + y * stride
-            values, result = canvas[b].reshape(-1)[at : at + wide], to_canvas[b].reshape(-1)[at : at + wide]
-            source = by_mean[b, first + y * width : first + y * width + wide]
+            values, result = packed[b].reshape(-1)[at : at + wide], grad_packed[b].reshape(-1)[at : at + wide]
+            source = grad_mean[b, first + y * width : first + y * width + wide]
             for i in range(wide):
                 result[i] += (sums[i] if -widest < values[i] < widest else np.float32(0)) - source[i]
 
 
 @_compiled
-def _mix(
+def _conv1x1(
     first_task: int, last_task: int, inputs: np.ndarray, weights: np.ndarray, biases: np.ndarray, result: np.ndarray
 ) -> None:
     batch, channels = inputs.shape[:2]
@@ -796,44 +796,44 @@ def _mix(
         for j in range(0, outputs, 2):
             other = min(j + 1, outputs - 1)
             pair = (biases[b, j], biases[b, other])
-            _weigh(sums, 0, 1, pair, rows, 0, channels, own_weights, j * channels, other * channels, 1, n)
+            _weighted_sums(sums, 0, 1, pair, rows, 0, channels, own_weights, j * channels, other * channels, 1, n)
             results[b, j, start : start + n] = sums[0, :n]
             results[b, other, start : start + n] = sums[other - j, :n]
 
 
 @_compiled
-def _mix_backward(
+def _conv1x1_backward(
     first_task: int,
     last_task: int,
     gradient: np.ndarray,
     inputs: np.ndarray,
     weights: np.ndarray,
-    to_inputs: np.ndarray,
-    to_weights: np.ndarray,
-    to_biases: np.ndarray,
+    grad_inputs: np.ndarray,
+    grad_weights: np.ndarray,
+    grad_biases: np.ndarray,
 ) -> None:
     batch, channels = inputs.shape[:2]
     outputs, size = gradient.shape[1], inputs.shape[2] * inputs.shape[3]
     parts = (size + _BLOCK - 1) // _BLOCK
     planes, slopes = inputs.reshape((batch, channels, size)), gradient.reshape((batch, outputs, size))
-    results = to_inputs.reshape((batch, channels, size))
+    results = grad_inputs.reshape((batch, channels, size))
     rows, above = np.empty((channels, _BLOCK), np.float32), np.empty((outputs, _BLOCK), np.float32)
     sums = np.empty((2, _BLOCK), np.float32)
     for task in range(first_task, last_task):
         b, part = task // parts, task % parts
         start = part * _BLOCK
         n = min(_BLOCK, size - start)
-        own_weights, own_result = weights[b].reshape(-1), to_weights[b, part]
+        own_weights, own_result = weights[b].reshape(-1), grad_weights[b, part]
         for k in range(channels):
             rows[k, :n] = planes[b, k, start : start + n]
         for j in range(outputs):
             above[j, :n] = slopes[b, j, start : start + n]
-            to_biases[b, part, j] = above[j, :n].sum()
+            grad_biases[b, part, j] = above[j, :n].sum()
         _dots(above, 0, outputs, rows, 0, channels, n, own_result, 0)
         for k in range(0, channels, 2):
             other = min(k + 1, channels - 1)
             none = (np.float32(0), np.float32(0))
-            _weigh(sums, 0, 1, none, above, 0, outputs, own_weights, k, other, channels, n)
+            _weighted_sums(sums, 0, 1, none, above, 0, outputs, own_weights, k, other, channels, n)
             results[b, k, start : start + n] = sums[0, :n]
             results[b, other, start : start + n] = sums[other - k, :n]
 
@@ -913,9 +913,9 @@ def _convolve_backward(
     gradient: np.ndarray,
     inputs: np.ndarray,
     weights: np.ndarray,
-    to_inputs: np.ndarray,
-    to_weights: np.ndarray,
-    to_biases: np.ndarray,
+    grad_inputs: np.ndarray,
+    grad_weights: np.ndarray,
+    grad_biases: np.ndarray,
     tiles: np.ndarray,
 ) -> None:
     channels, height, width = inputs.shape[1:]
@@ -943,7 +943,7 @@ def _convolve_backward(
                 around[o, start : start + last - first] = gradient[b, o, y, first:last]
             for y in range(rows):
                 own[o, y * stride : y * stride + columns] = gradient[b, o, top + y, left : left + columns]
-            to_biases[b, t, o] = own[o].sum()
+            grad_biases[b, t, o] = own[o].sum()
 
         # Weights: the sums of products with 3x3 neighbours
         twice = step + step
@@ -964,10 +964,10 @@ def _convolve_backward(
                     b3, b4, b5 = b3 + y * x3, b4 + y * x4, b5 + y * x5
                     b6, b7, b8 = b6 + y * x6, b7 + y * x7, b8 + y * x8
                 place = (other * channels + c) * 9
-                to = to_weights[b, t, place : place + 9]
+                to = grad_weights[b, t, place : place + 9]
                 to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8] = b0, b1, b2, b3, b4, b5, b6, b7, b8
                 place = (o * channels + c) * 9
-                to = to_weights[b, t, place : place + 9]
+                to = grad_weights[b, t, place : place + 9]
                 to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8] = a0, a1, a2, a3, a4, a5, a6, a7, a8
 
         # What padded inputs give to the outputs around them: padded rows top - 1 to bottom and columns left - 1 to
@@ -981,7 +981,7 @@ def _convolve_backward(
                     backwards[0, s], backwards[1, s] = weights[b, o, c, 8 - s], weights[b, o, other, 8 - s]
                 _add_neighbours(sums, 0, 1, backwards[0], backwards[1], around, o, step, n)
             for k in range(1 + other - c):
-                result = to_inputs[b, c + k]
+                result = grad_inputs[b, c + k]
                 result[top : top + rows, left : left + columns] = 0
                 for y in range(top - 1 if top == 0 else top, top + rows + (top + rows == height)):
                     start = (y - top + 1) * wide
@@ -1013,7 +1013,7 @@ def _tall(plane: np.ndarray, taps: np.ndarray, height: int) -> np.ndarray:
 
 
 @_compiled
-def _continue(row: np.ndarray, line: np.ndarray) -> None:
+def _pad_edge(row: np.ndarray, line: np.ndarray) -> None:
     """A row into a line that is longer by two at each end, where the outermost values go on."""
     line[2:-2] = row
     line[:2] = row[0]
@@ -1035,7 +1035,7 @@ def _double(plane: np.ndarray, taps: np.ndarray, result: np.ndarray) -> None:
     t0, t1, t2, t3 = taps[0], taps[1], taps[2], taps[3]
     line = np.empty(narrow + 4, np.float32)
     for y in range(height):
-        _continue(tall[y], line)
+        _pad_edge(tall[y], line)
         row = result[y]
         for x in range((width + 1) // 2):
             row[2 * x] = t0 * line[x] + t1 * line[x + 1] + t2 * line[x + 2] + t3 * line[x + 3]
@@ -1045,7 +1045,7 @@ def _double(plane: np.ndarray, taps: np.ndarray, result: np.ndarray) -> None:
 
 @_compiled
 def _double_backward(
-    gradient: np.ndarray, plane: np.ndarray, taps: np.ndarray, to_plane: np.ndarray, to_taps: np.ndarray
+    gradient: np.ndarray, plane: np.ndarray, taps: np.ndarray, to_plane: np.ndarray, grad_taps: np.ndarray
 ) -> None:
     """The gradient of `_double` by its result, added to those by plane and taps."""
     height, width = gradient.shape
@@ -1055,16 +1055,16 @@ def _double_backward(
     line, to_line = np.empty(narrow + 4, np.float32), np.empty(narrow + 4, np.float32)
     even, odd = np.zeros(narrow, np.float32), np.zeros(narrow, np.float32)
     for y in range(height):
-        _continue(tall[y], line)
+        _pad_edge(tall[y], line)
         row = gradient[y]
         for x in range((width + 1) // 2):
             even[x] = row[2 * x]
         for x in range(width // 2):
             odd[x] = row[2 * x + 1]
-        to_taps[0] += _dot(even, line[:narrow]) + _dot(odd, line[4:])
-        to_taps[1] += _dot(even, line[1 : narrow + 1]) + _dot(odd, line[3 : narrow + 3])
-        to_taps[2] += _dot(even, line[2 : narrow + 2]) + _dot(odd, line[2 : narrow + 2])
-        to_taps[3] += _dot(even, line[3 : narrow + 3]) + _dot(odd, line[1 : narrow + 1])
+        grad_taps[0] += _dot(even, line[:narrow]) + _dot(odd, line[4:])
+        grad_taps[1] += _dot(even, line[1 : narrow + 1]) + _dot(odd, line[3 : narrow + 3])
+        grad_taps[2] += _dot(even, line[2 : narrow + 2]) + _dot(odd, line[2 : narrow + 2])
+        grad_taps[3] += _dot(even, line[3 : narrow + 3]) + _dot(odd, line[1 : narrow + 1])
         to_line[:] = 0
         for x in range(narrow):
             to_line[x] += t0 * even[x]
@@ -1085,7 +1085,7 @@ def _double_backward(
             for x in range(narrow):
                 target[x] += weight * to_line[x + 2]
                 total += to_line[x + 2] * source[x]
-            to_taps[tap] += total
+            grad_taps[tap] += total
 
 
 @_compiled
@@ -1098,7 +1098,7 @@ def _plane(between: np.ndarray, level: int, sizes: np.ndarray, ends: np.ndarray)
 def _upsample(
     first_task: int,
     last_task: int,
-    canvas: np.ndarray,
+    packed: np.ndarray,
     taps: np.ndarray,
     between: np.ndarray,
     outputs: np.ndarray,
@@ -1107,12 +1107,12 @@ def _upsample(
     ends: np.ndarray,
 ) -> None:
     count = len(places)
-    margin = canvas.shape[2] - outputs.shape[3]
+    margin = packed.shape[2] - outputs.shape[3]
     for task in range(first_task, last_task):
         b, p = task // count, task % count
         level, top = places[p]
         height, width = sizes[level]
-        grid = canvas[b, top : top + height, margin : margin + width]
+        grid = packed[b, top : top + height, margin : margin + width]
         if level == 0:
             outputs[b, p] = grid
             continue
@@ -1132,14 +1132,14 @@ def _upsample_backward(
     gradient: np.ndarray,
     taps: np.ndarray,
     between: np.ndarray,
-    to_canvas: np.ndarray,
-    to_taps: np.ndarray,
+    grad_packed: np.ndarray,
+    grad_taps: np.ndarray,
     places: np.ndarray,
     sizes: np.ndarray,
     ends: np.ndarray,
 ) -> None:
     count = len(places)
-    margin = to_canvas.shape[2] - gradient.shape[3]
+    margin = grad_packed.shape[2] - gradient.shape[3]
     for task in range(first_task, last_task):
         b, p = task // count, task % count
         level, top = places[p]
@@ -1148,6 +1148,6 @@ def _upsample_backward(
         for coarser in range(1, level + 1):
             plane = _plane(between[b, p], coarser, sizes, ends)
             to_plane = np.zeros(plane.shape, np.float32)
-            _double_backward(own, plane, taps[b, coarser - 1], to_plane, to_taps[b, p, coarser - 1])
+            _double_backward(own, plane, taps[b, coarser - 1], to_plane, grad_taps[b, p, coarser - 1])
             own = to_plane
-        to_canvas[b, top : top + height, margin : margin + width] += own
+        grad_packed[b, top : top + height, margin : margin + width] += own

@@ -14,8 +14,8 @@ import torch
 from clric_decoder.bitstream import Architecture
 from clric_decoder.networks import Group, Parameters, integer_bits, parameter_groups
 
-from .canvas import Canvas
-from .function import GridBits, Networks, Synthesis
+from .model.function import GridBits, Networks, Synthesis
+from .model.grid_layout import GridLayout
 
 GROUP_BITS = 8  # exponent and scale code
 IDLE = 4  # exponents without a further gain after which finer ones are not tried
@@ -31,32 +31,32 @@ def as_networks(functions: Sequence[Sequence[Parameters]], device: torch.device)
 
 def quantize_networks(
     networks: Networks,
-    canvas: torch.Tensor,
+    packed: torch.Tensor,
     latents: torch.Tensor,
     architecture: Architecture,
-    layout: Canvas,
+    layout: GridLayout,
     weights: torch.Tensor,
     tick: Callable[[], None],
     refined: bool = True,
 ) -> list[list[Parameters]]:
     """Integers for every group of parameters of each function of a batch, in the order of `parameter_groups`.
 
-    canvas: (batch, rows, stride), rounded. latents: (batch, C, h, w). weights: (batch,), what a bit costs in units of
+    packed: (batch, rows, stride), rounded. latents: (batch, C, h, w). weights: (batch,), what a bit costs in units of
     distortion: lambda / pixels. tick: called before the work on each group. refined: false for a quick look, with each
     group's exponent alone chosen.
     """
     current = dict(networks)
-    prices = weights.cpu().double().numpy()
+    rate_weights = weights.cpu().double().numpy()
 
     def costs(trials: list[Parameters]) -> np.ndarray:
         """What the group itself and the grids (for the ARM) or the latent (for the rest) cost, (batch,)."""
         group = trials[0].group
-        own = prices * [GROUP_BITS + integer_bits(trial.integers) for trial in trials]
-        values = {**current, **as_networks([[trial] for trial in trials], canvas.device)}
+        own = rate_weights * [GROUP_BITS + integer_bits(trial.integers) for trial in trials]
+        values = {**current, **as_networks([[trial] for trial in trials], packed.device)}
         if group.name.startswith("arm") or group.name == "grid_scales":
-            return own + prices * GridBits(canvas, values, architecture, layout).bits.cpu().double().numpy()
+            return own + rate_weights * GridBits(packed, values, architecture, layout).bits.cpu().double().numpy()
         layer = int(group.name[-1]) if group.name.startswith("synthesis.weight") else 0
-        errors = Synthesis(canvas, values, architecture, layout, synthesis, layer).latents - latents
+        errors = Synthesis(packed, values, architecture, layout, synthesis, layer).latents - latents
         return own + errors.square().mean((1, 2, 3)).cpu().double().numpy()
 
     quantized: list[list[Parameters]] = []
@@ -65,12 +65,12 @@ def quantize_networks(
             tick()
             # What comes before the group's layer is the same in all trials
             of_synthesis = group.name.startswith("synthesis")
-            synthesis = Synthesis(canvas, current, architecture, layout) if of_synthesis else None
+            synthesis = Synthesis(packed, current, architecture, layout) if of_synthesis else None
             if refine:
                 quantized[number] = _shrink(quantized[number], costs)
             else:
                 quantized.append(_best_exponents(group, networks[group.name].cpu().numpy(), costs))
-            current.update(as_networks([[parameters] for parameters in quantized[number]], canvas.device))
+            current.update(as_networks([[parameters] for parameters in quantized[number]], packed.device))
     return [list(parameters) for parameters in zip(*quantized, strict=True)]
 
 

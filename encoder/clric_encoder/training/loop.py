@@ -1,4 +1,9 @@
-"""The training loop: a latent becomes a function under distortion + lambda * rate (paper, III-D and IV-A3)."""
+"""The training loop: a latent becomes a function under distortion + lambda * rate (paper, III-D and IV-A3).
+
+Training has two parts. The first fits functions to the latents of a VAE. The second, where an image decoder is given,
+goes on with them on the loss of the image that this decoder paints (`distortion.ImageDistortion`), at the size in bytes
+that the first has come to or that was asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +18,39 @@ from clric_decoder.bitstream import Architecture
 from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
-from . import parts
-from .canvas import Canvas
-from .control import RateControl, principal_step
-from .function import GridBits, Networks, Packing, add_gradients, compiled, kernels
-from .optimizer import Adam, Soap
-from .parameters import as_networks, quantize_networks
+from ..model.backends import TORCH, Networks, backend_for
+from ..model.function import GridBits, Packing, Synthesis
+from ..model.grid_layout import GridLayout
+from ..network_quantization import as_networks, quantize_networks
+from . import process_pool
+from .distortion import Distortion, ImageDistortion, LatentError
+from .optimizers import Adam, Soap
 from .presets import Preset, Stage
-from .quantizer import add_uniform_noise, round_straight_through, soft_round_with_noise
+from .rate_control import IMAGE, LATENT, RateControl, principal_step
+from .rounding import add_uniform_noise, round_straight_through
 
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
 CONTROLS = 100  # corrections of lambda in a stage, for a target
-LOOK = 0.35  # when in a stage the cost of the networks is looked at, for a target
+NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is looked at, for a target
 
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
 FINISHING = Stage(20, "soft", (0.0, 0.0), (0.004, 0.0008), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
 
+# Lambda of the training on images as a multiple of that on latents, about, for files of the same size: between 4 and 10
+# on three photos at 0.05 and 0.2 bpp.
+TUNING_LAMBDA = 5.0
+
+# Seeds of candidates are below.
+TUNING_SEED = 500
+
 # Times that a latent is trained at most, to meet its target.
-CHANCES = 6
+MAX_RETRIES = 6
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an encode stands: bpp and distortion (latent MSE) are the training's estimates."""
+    """Where an encode stands: bpp and distortion (latent MSE, or its equivalent) are estimates."""
 
     stage: str
     iteration: int
@@ -52,7 +66,7 @@ Report = Callable[[Progress], None]
 class Function:
     """An overfitted function, quantised: grids (channels, height, width) int32, the finest first, and networks.
 
-    lmbda: what its training ended with, before its size was brought to a target.
+    lmbda: what its training on the latent ended with, before its size was brought to a target.
     """
 
     architecture: Architecture
@@ -61,30 +75,31 @@ class Function:
     lmbda: float
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Sizes of files that training aims at instead of a given lambda.
+# The size in bytes of the file of a function, by the latent's number.
+Measure = Callable[[Function, int], int]
 
-    sizes: bytes, one for each latent. measure: the size in bytes of the file of a function, by the latent's number.
+
+@dataclass(frozen=True)
+class _Trained:
+    """A function as the training on the latent leaves it.
+
+    packed: (rows, stride), not rounded. vector: (parameters,), not quantised.
     """
 
-    sizes: Sequence[int]
-    measure: Callable[[Function, int], int]
-
-    def pick(self, indices: list[int]) -> Targets:
-        """Those of some of the latents."""
-        return Targets([self.sizes[i] for i in indices], lambda function, i: self.measure(function, indices[i]))
+    function: Function
+    packed: np.ndarray
+    vector: np.ndarray
 
 
 @dataclass
 class _State:
     """Functions in training: grids and parameters, their optimisers, and a stream of random numbers each.
 
-    canvas: (batch, rows, stride). vectors: (batch, parameters). owners: the number of the latent that each is of.
+    packed: (batch, rows, stride). vectors: (batch, parameters). owners: the number of the latent that each is of.
     losses: (batch,), the last.
     """
 
-    canvas: torch.Tensor
+    packed: torch.Tensor
     vectors: torch.Tensor
     generators: list[torch.Generator]
     owners: list[int]
@@ -95,7 +110,7 @@ class _State:
     def pick(self, indices: list[int]) -> _State:
         """Some of the functions, as they are."""
         return _State(
-            self.canvas[indices],
+            self.packed[indices],
             self.vectors[indices],
             [self.generators[i] for i in indices],
             [self.owners[i] for i in indices],
@@ -111,73 +126,136 @@ def overfit(
     pixels: Sequence[int],
     preset: Preset,
     *,
-    targets: Targets | None = None,
+    measure: Measure,
+    sizes: Sequence[int] | None = None,
+    image: ImageDistortion | None = None,
     seed: int = 0,
     device: str = "cpu",
     report: Report | None = None,
 ) -> list[Function]:
-    """The functions of latents (batch, C, h, w) float32 that are lowest in latent MSE + lmbda * bits / pixels.
+    """The functions of latents (batch, C, h, w) float32 that are lowest in distortion + lambda * bits / pixels.
 
-    lmbdas: one for each latent, not used with ``targets``. pixels: of each image, for the rate.
+    lmbdas: one for each latent, for latent MSE; not used with ``sizes``. pixels: of each image, for the rate. sizes:
+    bytes of each file, which training aims at instead of a given lambda. image: the loss of the images, on which the
+    functions are trained after the latents are met, to files that are no larger than before (or of the sizes).
     A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
     same arguments give the same functions on the same CPU, versions and number of threads.
     """
-    if not compiled(torch.device(device)):
-        return _overfit(latents, lmbdas, pixels, preset, targets, seed, device, report)
+    backend = backend_for(torch.device(device))
     threads = torch.get_num_threads()
-    count = min(threads, len(latents)) if parts.possible() else 1
+    # Parts of a batch are trained side by side. Not those on a GPU, which works on all of it at once.
+    count = min(threads, len(latents)) if backend is not TORCH and process_pool.possible() else 1
     bounds = [-(-len(latents) * part // count) for part in range(count + 1)]  # the first, which reports, has most
+    iterations = preset.iterations + (preset.tuning.iterations if image is not None else 0)
 
-    def train(part: int, check: Callable[[], None]) -> list[Function]:
+    def train(part: int, check: Callable[[], None]) -> list[_Trained]:
         own = list(range(bounds[part], bounds[part + 1]))
 
         def tell(progress: Progress) -> None:
             check()
             if part == 0 and report is not None:
-                report(progress)
+                report(replace(progress, iterations=iterations))
 
-        own_targets = targets and targets.pick(own)
-        own_lmbdas, own_pixels = [lmbdas[i] for i in own], [pixels[i] for i in own]
-        with kernels.own_threads(threads // count + (part < threads % count)):
-            return _overfit(latents[own], own_lmbdas, own_pixels, preset, own_targets, seed, device, tell)
+        with backend.threads(threads // count + (part < threads % count)):
+            return _train_on_latents(
+                latents[own],
+                [lmbdas[i] for i in own],
+                [pixels[i] for i in own],
+                preset,
+                lambda function, i: measure(function, own[i]),
+                None if sizes is None else [sizes[i] for i in own],
+                image is None,
+                seed,
+                device,
+                tell,
+            )
 
-    with kernels.without_torch_threads():
-        return parts.run(train, count)
+    trained = process_pool.run(train, count)
+    if image is None:
+        return [own.function for own in trained]
+    with backend.threads(threads):
+        return _train_on_images(trained, image, pixels, preset, measure, sizes, seed, device, report)
 
 
-def _overfit(
+def _train_on_latents(
     latents: np.ndarray,
     lmbdas: Sequence[float],
     pixels: Sequence[int],
     preset: Preset,
-    targets: Targets | None,
+    measure: Measure,
+    sizes: Sequence[int] | None,
+    final: bool,
+    seed: int,
+    device: str,
+    report: Report | None,
+) -> list[_Trained]:
+    """final: whether sizes are to be met, and not only to be come near to."""
+    distortion = LatentError(torch.from_numpy(latents).to(device))
+    if sizes is None or not final:
+        control = None if sizes is None else RateControl(sizes, LATENT)
+        trainer = _Trainer(distortion, lmbdas, pixels, preset, control, device, report)
+        return trainer.results(*trainer.run(seed, None, None))
+    # More than one chance for targets that are missed, each with what the networks cost in the one before
+    results: list[_Trained] = []
+    missed, control = list(range(len(latents))), RateControl(sizes, LATENT)
+    for _ in range(MAX_RETRIES):
+        own_lmbdas, own_pixels = [lmbdas[i] for i in missed], [pixels[i] for i in missed]
+        own_sizes, numbers = [sizes[i] for i in missed], missed
+
+        def own_measure(function: Function, i: int, numbers: list[int] = numbers) -> int:
+            return measure(function, numbers[i])
+
+        own_distortion = LatentError(distortion.targets[missed])
+        trainer = _Trainer(own_distortion, own_lmbdas, own_pixels, preset, control, device, report)
+        trainer.done = preset.iterations if results else 0  # a second chance is not foreseen
+        latest = trainer.results(*trainer.run(seed, own_sizes, own_measure))
+        results = results or list(latest)
+        latest_sizes = [own_measure(result.function, i) for i, result in enumerate(latest)]
+        for i, result, size in zip(missed, latest, latest_sizes, strict=True):
+            if _is_nearer(size, measure(results[i].function, i), sizes[i]):
+                results[i] = result
+        again = control.missed(latest_sizes, trainer.first_lmbdas)
+        if not again:
+            break
+        networks = [latest[i].function.networks for i in again]
+        control = control.restart(again, networks, [latest_sizes[i] for i in again])
+        missed = [missed[i] for i in again]
+    return results
+
+
+def _train_on_images(
+    trained: Sequence[_Trained],
+    image: ImageDistortion,
+    pixels: Sequence[int],
+    preset: Preset,
+    measure: Measure,
+    sizes: Sequence[int] | None,
     seed: int,
     device: str,
     report: Report | None,
 ) -> list[Function]:
-    if targets is None:
-        trainer = _Trainer(latents, lmbdas, pixels, preset, None, device, report)
-        return trainer.functions(*trainer.run(seed, None))
-    # More than one chance for targets that are missed, each with what the networks cost in the one before
-    functions: list[Function] = []
-    missed, control = list(range(len(latents))), RateControl(targets.sizes)
-    for _ in range(CHANCES):
-        part = targets.pick(missed)
-        own_lmbdas, own_pixels = [lmbdas[i] for i in missed], [pixels[i] for i in missed]
-        trainer = _Trainer(latents[missed], own_lmbdas, own_pixels, preset, control, device, report)
-        trainer.done = preset.iterations if functions else 0  # a second chance is not foreseen
-        latest = trainer.functions(*trainer.run(seed, part))
-        functions = functions or list(latest)
-        sizes = [part.measure(function, i) for i, function in enumerate(latest)]
-        for i, function, size in zip(missed, latest, sizes, strict=True):
-            if _is_nearer(size, targets.measure(functions[i], i), targets.sizes[i]):
-                functions[i] = function
-        again = control.missed(sizes, trainer.first_lmbdas)
-        if not again:
-            break
-        control = control.restart(again, [latest[i].networks for i in again], [sizes[i] for i in again])
-        missed = [missed[i] for i in again]
-    return functions
+    """Goes on with functions on the loss of their images, to files of given sizes, or of those that they have."""
+    functions = [own.function for own in trained]
+    if sizes is None:
+        sizes = [measure(function, i) for i, function in enumerate(functions)]
+    control = RateControl(sizes, IMAGE)
+    lmbdas = [TUNING_LAMBDA * function.lmbda for function in functions]
+    trainer = _Trainer(image, lmbdas, pixels, preset, control, device, report)
+    control.know_networks([function.networks for function in functions])
+    packed = torch.from_numpy(np.stack([own.packed for own in trained])).to(device)
+    vectors = torch.from_numpy(np.stack([own.vector for own in trained])).to(device)
+    generators = [torch.Generator(trainer.device).manual_seed(seed * 1000 + TUNING_SEED) for _ in trained]
+    state = trainer.state(packed, vectors, list(range(len(trained))), generators)
+    trainer.done = preset.iterations
+    trainer.train(state, preset.tuning, "image", preset.tuning.iterations)
+    trainer.look(state, state.packed.round(), trainer.packing.split(state.vectors))
+    networks = trainer.quantize(state)
+    state.vectors = trainer.packing.join(as_networks(networks, trainer.device))
+    trainer.finish(state, networks, sizes, measure)
+    return [
+        replace(function, lmbda=before.lmbda)
+        for function, before in zip(trainer.functions(state, networks), functions, strict=True)
+    ]
 
 
 def _is_nearer(size: int, other: int, limit: int) -> bool:
@@ -190,7 +268,7 @@ class _Trainer:
 
     def __init__(
         self,
-        latents: np.ndarray,
+        distortion: Distortion,
         lmbdas: Sequence[float],
         pixels: Sequence[int],
         preset: Preset,
@@ -199,24 +277,29 @@ class _Trainer:
         report: Report | None,
     ):
         self.device = torch.device(device)
-        self.latents = torch.from_numpy(latents).to(self.device)
+        self.backend = backend_for(self.device)
+        self.distortion = distortion
         self.lmbdas = torch.tensor(lmbdas, device=self.device)
         self.pixels = torch.tensor(pixels, device=self.device)
         self.preset = preset
-        self.architecture = preset.architecture(latents.shape[1])
-        self.layout = Canvas(self.architecture, latents.shape[2], latents.shape[3], self.device)
+        _, channels, height, width = distortion.targets.shape
+        self.architecture = preset.architecture(channels)
+        self.layout = GridLayout(self.architecture, height, width, self.device)
         self.packing = Packing(self.architecture, self.device)
         self.control = control
         if control is not None:
-            self.lmbdas = control.first_lambdas(self.latents, self.pixels, sum(self.packing.sizes))
+            parameters = sum(self.packing.sizes)
+            self.lmbdas = control.first_lambdas(self.lmbdas, distortion.targets, self.pixels, parameters)
         self.first_lmbdas = self.lmbdas.clone()
         self.trained_lmbdas = self.lmbdas  # those of `finish` are of a few iterations only
         self.report = report or (lambda progress: None)
         self.done = 0
         self.last = Progress("start", 0, preset.iterations, 0.0, 0.0)
 
-    def run(self, seed: int, targets: Targets | None) -> tuple[_State, list[list[Parameters]]]:
-        """The whole training: functions with rounded networks, and these as integers."""
+    def run(
+        self, seed: int, sizes: Sequence[int] | None, measure: Measure | None
+    ) -> tuple[_State, list[list[Parameters]]]:
+        """The whole training on latents: functions, and their networks as integers. sizes: to be met in the end."""
         state = self.best_start(seed)
         networks: list[list[Parameters]] = []
         for number, stage in enumerate(self.preset.stages):
@@ -225,20 +308,20 @@ class _Trainer:
                 if self.control is not None:
                     self.control.know_networks(networks)
                 state.vectors = self.packing.join(as_networks(networks, self.device))
-                state.grid_optimizer = Adam(state.canvas, self.preset.betas)
+                state.grid_optimizer = Adam(state.packed, self.preset.betas)
             self.train(state, stage, f"stage {number + 1} of {len(self.preset.stages)}", stage.iterations)
         networks = networks or self.quantize(state)
-        if targets is not None:
+        if sizes is not None and measure is not None:
             state.vectors = self.packing.join(as_networks(networks, self.device))
-            self.finish(state, networks, targets)
+            self.finish(state, networks, sizes, measure)
         return state, networks
 
     def best_start(self, seed: int) -> _State:
         """The state that the main training begins with: for each latent, the winner of the warm-up's candidates."""
         rounds = self.preset.warm_up
         count = max([warm_up.candidates for warm_up in rounds], default=1)
-        owners = [owner for owner in range(len(self.latents)) for _ in range(count)]
-        state = self.start(owners, [seed * 1000 + number for _ in self.latents for number in range(count)])
+        owners = [owner for owner in range(len(self.distortion.targets)) for _ in range(count)]
+        state = self.start(owners, [seed * 1000 + number for _ in self.pixels for number in range(count)])
         for number, warm_up in enumerate(rounds):
             state = self.best(state, warm_up.candidates)
             self.train(state, self.preset.stages[0], f"warm-up {number + 1} of {len(rounds)}", warm_up.iterations)
@@ -248,7 +331,7 @@ class _Trainer:
         """The `count` functions of lowest loss of each latent."""
         losses = state.losses.tolist()
         kept = []
-        for owner in range(len(self.latents)):
+        for owner in range(len(self.distortion.targets)):
             own = [i for i in range(len(losses)) if state.owners[i] == owner]
             kept += sorted(own, key=losses.__getitem__)[:count]
         return state.pick(kept)
@@ -256,23 +339,28 @@ class _Trainer:
     def start(self, owners: list[int], seeds: list[int]) -> _State:
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         vectors = torch.stack([self.random_vector(generator) for generator in generators])
-        canvas = torch.zeros(len(owners), self.layout.rows, self.layout.stride, device=self.device)
+        packed = torch.zeros(len(owners), self.layout.rows, self.layout.stride, device=self.device)
         if self.preset.start == "principal":
             for number, owner in enumerate(owners):
                 _start_from_principal_components(
-                    self.latents[owner],
-                    self.layout.split(canvas[number : number + 1])[0][0],
+                    self.distortion.targets[owner],
+                    self.layout.split(packed[number : number + 1])[0][0],
                     {name: values[0] for name, values in self.packing.split(vectors[number : number + 1]).items()},
                     self.architecture,
                     self.lmbdas[owner].item(),
                     int(self.pixels[owner]),
                 )
+        return self.state(packed, vectors, owners, generators)
+
+    def state(
+        self, packed: torch.Tensor, vectors: torch.Tensor, owners: list[int], generators: list[torch.Generator]
+    ) -> _State:
+        """Functions with new optimisers."""
         betas = self.preset.betas
         by_group = self.preset.network_optimizer == "soap"
         network_optimizer = Soap(vectors, betas, self.packing.groups) if by_group else Adam(vectors, betas)
-        return _State(
-            canvas, vectors, generators, owners, torch.zeros(len(owners)), Adam(canvas, betas), network_optimizer
-        )
+        losses = torch.zeros(len(owners))
+        return _State(packed, vectors, generators, owners, losses, Adam(packed, betas), network_optimizer)
 
     def random_vector(self, generator: torch.Generator) -> torch.Tensor:
         """Near-zero ARM weights, bicubic upsampling, and a synthesis whose layers keep the variance of their inputs."""
@@ -291,40 +379,46 @@ class _Trainer:
 
     def train(self, state: _State, stage: Stage, name: str, iterations: int) -> None:
         """Some iterations of a stage; `state` is changed in place."""
-        targets, pixels = self.latents[state.owners], self.pixels[state.owners]
+        pixels = self.pixels[state.owners]
         noise = _Noise(state, stage.rounding, self.layout.mask.shape)
-        to_canvas, to_vectors = torch.empty_like(state.canvas), torch.empty_like(state.vectors)
-        networks, to_networks = self.packing.split(state.vectors), self.packing.split(to_vectors)
+        grad_packed, grad_vectors = torch.empty_like(state.packed), torch.empty_like(state.vectors)
+        networks, grad_networks = self.packing.split(state.vectors), self.packing.split(grad_vectors)
         pause = max(1, stage.iterations // CONTROLS)
         for iteration in range(iterations):
             position = iteration / stage.iterations
             if self.control is not None and iteration % pause == 0:
                 self.steer(state, networks, stage, iteration, pause)
-            if self.control is not None and iteration == int(LOOK * stage.iterations) and not stage.fixed:
+            check_networks = int(NETWORK_BITS_CHECK_AT * stage.iterations)
+            if self.control is not None and iteration == check_networks and not stage.fixed:
                 self.control.know_networks(self.quantize(state, refined=False))
-            prices = self.lmbdas[state.owners] / pixels
+            rate_weights = self.lmbdas[state.owners] / pixels
             if stage.rounding == "hard":
-                rounded, slope = round_straight_through(state.canvas)
+                rounded, slope = round_straight_through(state.packed)
             elif stage.rounding == "uniform":
-                rounded, slope = add_uniform_noise(state.canvas, noise.draw())
+                rounded, slope = add_uniform_noise(state.packed, noise.draw())
             else:
                 temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
-                soft_round = kernels.soft_round_with_noise if compiled(self.device) else soft_round_with_noise
-                rounded, slope = soft_round(state.canvas, noise.draw(), temperature, sigma)
+                rounded, slope = self.backend.soft_round_with_noise(state.packed, noise.draw(), temperature, sigma)
             rounded *= self.layout.mask
-            torch.mul(self.packing.bits_gradient(state.vectors), prices[:, None], out=to_vectors)
-            to_canvas.zero_()
-            distortions, bits = add_gradients(
-                rounded, networks, self.architecture, self.layout, targets, prices, to_networks, to_canvas
-            )
-            to_canvas *= self.layout.mask
+            torch.mul(self.packing.bits_gradient(state.vectors), rate_weights[:, None], out=grad_vectors)
+            grad_packed.zero_()
+            grid_bits = GridBits(rounded, networks, self.architecture, self.layout, rate_weights)
+            synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
+            if stage.look_every and iteration % stage.look_every == 0:
+                self.distortion.look(synthesis.latents, state.owners)
+            errors = synthesis.latents - self.distortion.targets[state.owners]
+            distortions = errors.square().mean((1, 2, 3))
+            synthesis.backward(errors.mul_(2 / errors[0].numel()), grad_networks, grad_packed)
+            grid_bits.backward(grad_networks, grad_packed)  # last, as it may have been computed meanwhile
+            bits = grid_bits.bits
+            grad_packed *= self.layout.mask
             if slope is not None:
-                to_canvas *= slope
-            state.grid_optimizer.step(state.canvas, to_canvas, _cosine(stage.grid_rate, position))
+                grad_packed *= slope
+            state.grid_optimizer.step(state.packed, grad_packed, _cosine(stage.grid_rate, position))
             if not stage.fixed:
-                state.network_optimizer.step(state.vectors, to_vectors, _cosine(stage.network_rate, position))
+                state.network_optimizer.step(state.vectors, grad_vectors, _cosine(stage.network_rate, position))
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
-                state.losses = (distortions + prices * bits).cpu()
+                state.losses = (distortions + rate_weights * bits).cpu()
                 self.last = Progress(
                     name,
                     min(self.done + (iteration + 1) * self.share(state), self.preset.iterations),
@@ -337,23 +431,28 @@ class _Trainer:
 
     def share(self, state: _State) -> int:
         """Candidates that are trained for each latent."""
-        return len(state.canvas) // len(self.latents)
+        return len(state.packed) // len(self.distortion.targets)
 
     def steer(self, state: _State, networks: Networks, stage: Stage, iteration: int, pause: int) -> None:
         """Move the lambdas by what the grids would cost if they were rounded now. pause: iterations since the last."""
         assert self.control is not None
-        bits = GridBits(state.canvas.round(), networks, self.architecture, self.layout).bits
+        bits = GridBits(state.packed.round(), networks, self.architecture, self.layout).bits
         lambdas = self.lmbdas[state.owners]
         self.lmbdas[state.owners] = self.control.next_lambdas(
             lambdas, bits, state.owners, iteration, stage.iterations, pause
         )
 
+    def look(self, state: _State, packed: torch.Tensor, networks: Networks) -> None:
+        """Lets the distortion see the latents of functions with these grids."""
+        latents = Synthesis(packed, networks, self.architecture, self.layout).latents
+        self.distortion.look(latents, state.owners)
+
     def quantize(self, state: _State, refined: bool = True) -> list[list[Parameters]]:
         """The networks as integers, for the grids as they round now."""
         return quantize_networks(
             self.packing.split(state.vectors),
-            state.canvas.round(),
-            self.latents,
+            state.packed.round(),
+            self.distortion.targets,
             self.architecture,
             self.layout,
             self.lmbdas / self.pixels,
@@ -362,39 +461,44 @@ class _Trainer:
         )
 
     def functions(self, state: _State, networks: list[list[Parameters]]) -> list[Function]:
-        canvas = state.canvas.round().clamp(-MAX_VALUE, MAX_VALUE)
-        grids = [grid.cpu().numpy().astype(np.int32) for grid in self.layout.split(canvas)]
+        packed = state.packed.round().clamp(-MAX_VALUE, MAX_VALUE)
+        grids = [grid.cpu().numpy().astype(np.int32) for grid in self.layout.split(packed)]
         return [
             Function(self.architecture, [grid[i] for grid in grids], networks[owner], self.trained_lmbdas[owner].item())
             for i, owner in enumerate(state.owners)
         ]
 
-    def finish(self, state: _State, networks: list[list[Parameters]], targets: Targets) -> None:
+    def results(self, state: _State, networks: list[list[Parameters]]) -> list[_Trained]:
+        """Functions of all latents, one each."""
+        packed, vectors = state.packed.cpu().numpy(), state.vectors.cpu().numpy()
+        return [_Trained(*own) for own in zip(self.functions(state, networks), packed, vectors, strict=True)]
+
+    def finish(self, state: _State, networks: list[list[Parameters]], sizes: Sequence[int], measure: Measure) -> None:
         """Train the grids of files that miss their targets a little further, until they meet them."""
         control, self.control = self.control, None
         assert control is not None
         self.trained_lmbdas = self.lmbdas.clone()
-        kept, best = state.canvas.clone(), [0] * len(state.canvas)
+        kept, best = state.packed.clone(), [0] * len(state.packed)
         for number in range(FINISHING_ROUNDS + 1):
-            sizes = [targets.measure(function, i) for i, function in enumerate(self.functions(state, networks))]
-            for i, size in enumerate(sizes):
-                if not number or _is_nearer(size, best[i], targets.sizes[i]):
-                    best[i], kept[i] = size, state.canvas[i]
-            missed = control.missed(sizes, self.lmbdas)
+            current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
+            for i, size in enumerate(current):
+                if not number or _is_nearer(size, best[i], sizes[i]):
+                    best[i], kept[i] = size, state.packed[i]
+            missed = control.missed(current, self.lmbdas)
             if not missed or number == FINISHING_ROUNDS:
                 break
-            self.lmbdas[missed] = control.last_lambdas(self.lmbdas, sizes)[missed]
+            self.lmbdas[missed] = control.last_lambdas(self.lmbdas, current)[missed]
             picked = state.pick(missed)
-            picked.grid_optimizer = Adam(picked.canvas, self.preset.betas)
+            picked.grid_optimizer = Adam(picked.packed, self.preset.betas)
             self.train(picked, FINISHING, "size", FINISHING.iterations)
-            state.canvas[missed] = picked.canvas
-        state.canvas = kept
+            state.packed[missed] = picked.packed
+        state.packed = kept
 
 
 class _Noise:
     """Random numbers for the functions of a state: windows of a pool that is drawn once, as drawing takes long."""
 
-    POOL = 16  # canvases
+    POOL = 16  # packed grids
 
     def __init__(self, state: _State, rounding: str, shape: torch.Size) -> None:
         if rounding != "hard":

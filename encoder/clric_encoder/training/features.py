@@ -1,0 +1,135 @@
+"""Perceptual features of an image: a small network, distilled from LPIPS-VGG, whose distance is a part of the loss.
+
+LPIPS (Zhang et al., 2018) compares the features of a large classification network. It is a good judge and costs 300,000
+multiply-accumulates per pixel. `FeatureNetwork` costs 4,900 and was trained to have the same value and, since it is
+descended on, the same gradient (clric_export/feature_distillation.py). `LpipsVgg` is the original, for its training and
+for who has the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from clric_decoder.errors import ModelError, brief
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).parent.parent / "weights" / "features.safetensors"
+
+# Kernel, stride and outputs of the student's convolutions; the features that each gives are compared.
+_LAYERS = ((6, 2, 32), (3, 2, 64), (3, 2, 96), (3, 1, 80), (3, 2, 112), (3, 1, 128))
+
+# VGG16's convolutions before which the size is halved, and those whose results LPIPS compares.
+_VGG_POOLS, _VGG_TAPS = (2, 4, 7, 10), (1, 3, 6, 9, 12)
+
+Features = list[Tensor]
+
+
+class PerceptualDistance(Protocol):
+    """A distance of images that is computed from features, so that those of the original are computed once.
+
+    Images are [N, 3, H, W] RGB in [0, 1], sides of at least 32.
+    """
+
+    def features(self, image: Tensor) -> Features:
+        """[N, C, h, w] for each layer that is compared."""
+
+    def distance(self, a: Features, b: Features) -> Tensor:
+        """[N], 0 for equal features."""
+
+
+class FeatureNetwork(nn.Module):
+    """Six convolutions, 4,800 MAC/pixel; the distance is LPIPS': of features of unit length, weighted by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers, inputs = [], 3
+        for kernel, stride, outputs in _LAYERS:
+            layers.append(nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2))
+            inputs = outputs
+        self.layers = nn.ModuleList(layers)
+        self.heads = nn.ParameterList([torch.full((outputs,), 0.3) for _, _, outputs in _LAYERS])
+        self._dtype = torch.float32
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Of the convolutions; the heads stay as they are."""
+        self.layers.to(dtype)
+        self._dtype = dtype
+
+    def features(self, image: Tensor) -> Features:
+        x = ((image - 0.45) * 4).to(self._dtype)
+        result = []
+        for layer in self.layers:
+            x = F.silu(layer(x))
+            result.append(x.float())
+        return result
+
+    def distance(self, a: Features, b: Features) -> Tensor:
+        return _weighted_distance(a, b, [head.square() for head in self.heads])
+
+
+class LpipsVgg(nn.Module):
+    """LPIPS v0.1 of VGG16, from the .npz file that holds both halves (conv0 to conv12, lin0 to lin4)."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the convolutions; bfloat16 takes half of the time where the processor has it."""
+        super().__init__()
+        try:
+            with np.load(path) as file:
+                weights = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
+            self.layers = nn.ModuleList()
+            for number in range(13):
+                weight, bias = weights[f"conv{number}.weight"], weights[f"conv{number}.bias"]
+                layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+                layer.load_state_dict({"weight": weight, "bias": bias})
+                self.layers.append(layer)
+            self.heads = nn.ParameterList([weights[f"lin{i}.weight"].flatten() for i in range(len(_VGG_TAPS))])
+        except Exception as error:  # numpy, zipfile and torch share no base class for a damaged file
+            raise ModelError(f"{path} holds no weights of LPIPS-VGG: {brief(error)}") from error
+        self.requires_grad_(False)
+        self._dtype = dtype
+        self.layers.to(dtype)
+
+    def features(self, image: Tensor) -> Features:
+        shift = torch.tensor([-0.030, -0.088, -0.188], device=image.device)[:, None, None]
+        scale = torch.tensor([0.458, 0.448, 0.450], device=image.device)[:, None, None]
+        x = ((2 * image - 1 - shift) / scale).to(dtype=self._dtype, memory_format=torch.channels_last)
+        result = []
+        for number, layer in enumerate(self.layers):
+            if number in _VGG_POOLS:
+                x = F.max_pool2d(x, 2)
+            x = F.relu(layer(x))
+            if number in _VGG_TAPS:
+                result.append(x.float())
+        return result
+
+    def distance(self, a: Features, b: Features) -> Tensor:
+        return _weighted_distance(a, b, list(self.heads))
+
+
+def load_features(path: Path = WEIGHTS) -> FeatureNetwork:
+    """The network that comes with the package, with frozen weights. Raises ModelError for a damaged file."""
+    network = FeatureNetwork()
+    try:
+        state = {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
+        network.load_state_dict(state)
+    except Exception as error:  # safetensors, OSError and torch share no base class for a damaged file
+        raise ModelError(f"{path} holds no feature network: {brief(error)}") from error
+    return network.requires_grad_(False)
+
+
+def _weighted_distance(a: Features, b: Features, heads: list[Tensor]) -> Tensor:
+    result = a[0].new_zeros(len(a[0]))
+    for x, y, head in zip(a, b, heads, strict=True):
+        difference = (_unit_length(x) - _unit_length(y)).square()
+        result = result + (difference * head[:, None, None]).sum(1).mean((1, 2))
+    return result
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    # The small number stands inside the root, where it keeps the gradient of all zeros finite
+    return x * (x.square().sum(1, keepdim=True) + 1e-10).rsqrt()
