@@ -10,8 +10,8 @@ import torch
 from clric_decoder import decode, read_header
 from clric_decoder.autoencoder import decode_tiled, open_decoder
 from clric_encoder.autoencoder import load_encoder
+from clric_encoder.networks import load_decoder_network
 from clric_export.losses import Lpips, ms_ssim
-from clric_export.sources import load_decoder
 from PIL import Image
 
 # Crops with what small decoders fail at: saturated colours, a face, text, an edge against the sky.
@@ -65,7 +65,7 @@ def test_tiles_are_exact() -> None:
 def figures(shared: Path) -> dict[tuple[str, str], np.ndarray]:
     """(encoder, decoder) -> mean PSNR, MS-SSIM and LPIPS of the crops."""
     lpips = Lpips(shared / "metrics")
-    taesd = load_decoder("taesd", shared / "models").module
+    taesd = load_decoder_network("taesd", shared / "models").module
     lite = open_decoder("lite", "sd1")
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for name, box in CROPS.items():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .autoencoder import ImageEncoder
-    from .encoding import Encoded
+    from .encoding import Encoded, Tuning
     from .training.loop import Progress
 
 NAME = "clric-enc"
@@ -66,6 +66,16 @@ class _Bytes(click.ParamType):
 @click.option("--bytes", "size", type=_Bytes(), help="Largest size of a file, such as 5000 or 8kB.")
 @click.option("--vae", metavar="NAME", default="lite", show_default=True, help="Autoencoder, or a distilled encoder.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True)
+@click.option(
+    "--tune",
+    metavar="NAME|none",
+    default="auto",
+    show_default=True,
+    help="Image decoder to train through: auto (lite for sd1, else none), none, a name, or an .onnx of clric-export.",
+)
+@click.option(
+    "--lpips", metavar="FILE", help="vgg16_lpips.npz: LPIPS-VGG's features in training instead of clric's own."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--seed",
@@ -89,6 +99,8 @@ def command(
     size: int | None,
     vae: str,
     preset: str,
+    tune: str,
+    lpips: str | None,
     device: str,
     seed: int,
     models: str | None,
@@ -118,7 +130,7 @@ def command(
             )
         jobs = stale
     with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
-        batches = _Batches(rate, vae, preset, device, seed, models, json, quiet, view)
+        batches = _Batches(rate, vae, preset, tune, lpips, device, seed, models, json, quiet, view)
         try:
             for source, place in jobs:
                 batches.add(source, place)
@@ -148,8 +160,7 @@ class _Waiting:
     source: str
     place: str
     latent: "np.ndarray"
-    width: int
-    height: int
+    pixels: "np.ndarray"
 
 
 @dataclass
@@ -162,6 +173,8 @@ class _Batches:
     rate: Rate
     vae: str
     preset: str
+    tune: str
+    lpips: str | None
     device: str
     seed: int
     models: str | None
@@ -171,6 +184,7 @@ class _Batches:
     failures: list[tuple[str, str]] = field(default_factory=list)
     _waiting: dict[tuple[int, ...], list[_Waiting]] = field(default_factory=dict)
     _encoder: "ImageEncoder | None" = None
+    _tuning: "Tuning | None" = None
 
     def add(self, source: str, place: str) -> None:
         """Reads an image and encodes it, as soon as there are enough of its size."""
@@ -188,12 +202,16 @@ class _Batches:
             with _torch(), _libraries():
                 height, width = encoding.check_image(image)
                 device = encoding.find_device(self.device)
-                self._encoder = self._encoder or load_encoder(self.vae, models=self.models, device=device)
+                if self._encoder is None:
+                    self._encoder = load_encoder(self.vae, models=self.models, device=device)
+                    self._tuning = encoding.load_tuning(
+                        self.tune, self._encoder.space, self.preset, models=self.models, lpips=self.lpips, device=device
+                    )
                 latent = self._encoder.encode(image)
                 encoding.check_latent(latent, width, height, self._encoder.space)
                 limit = encoding.batch_size(latent.shape, PRESETS[self.preset], device)
             group = self._waiting.setdefault(latent.shape, [])
-            group.append(_Waiting(source, place, latent, width, height))
+            group.append(_Waiting(source, place, latent, image))
             if len(group) >= limit:
                 self._encode(self._waiting.pop(latent.shape))
             elif sum(map(len, self._waiting.values())) >= MAX_WAITING:
@@ -215,12 +233,15 @@ class _Batches:
             with _torch():
                 results = encode_latents(
                     np.stack([image.latent for image in group]),
-                    [(image.width, image.height) for image in group],
+                    [(image.pixels.shape[1], image.pixels.shape[0]) for image in group],
                     self._encoder.space,
                     self.rate,
                     preset=self.preset,
+                    tuning=self._tuning,
+                    images=[image.pixels for image in group],
                     device=find_device(self.device),
                     seed=self.seed,
+                    warn=self._warn,
                     progress=lambda progress: self.view.move([image.source for image in group], progress),
                 )
         except (ClricError, MemoryError) as error:
@@ -235,6 +256,10 @@ class _Batches:
             except ClricError as error:
                 self._failed(image.source, error)
         self.view.finish(len(group))
+
+    def _warn(self, message: str) -> None:
+        if not self.quiet:
+            print_error(NAME, message)
 
     def _write(self, image: _Waiting, encoded: "Encoded") -> None:
         write_output(image.place, encoded.data)

@@ -5,28 +5,46 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from clric_decoder import bitstream
-from clric_decoder.errors import ClricError
+from clric_decoder.errors import ClricError, ModelError
 from clric_decoder.latent import decode_grids, encode_grids
 from clric_decoder.models import LATENT_SPACES
 from clric_decoder.synthesis import synthesize
 
-from .autoencoder import load_encoder
+from .autoencoder import fast_dtype, load_decoder, load_encoder
 from .rate import Rate, choose_rate
+from .training.distortion import ImageDecoder, ImageDistortion
+from .training.features import LpipsVgg, PerceptualDistance, load_features
 from .training.loop import Function, Report, overfit
 from .training.presets import PRESETS, Preset
 from .training.rate_control import MIN_FILL
+
+# The image decoder that functions are trained through where nothing is said, by latent space. Decoders of the others
+# cost 15 times as much, or are not there without a network.
+DEFAULT_TUNE = {"sd1": "lite"}
+
+# A training on images that takes longer, in seconds, is announced.
+LONG = 60
 
 MAX_LATENT = 1e4  # real ones have a deviation near 1
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 
 # More grid values at once on a CPU's thread gain nothing; a GPU takes what its memory holds at so many bytes each.
 THREAD_VALUES, VALUE_BYTES = 125_000, 1000
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What functions are trained through after they have met the latent: see `load_tuning`."""
+
+    decoder: ImageDecoder
+    perceptual: PerceptualDistance | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,8 @@ def encode(
     size: int | None = None,
     bpp: float | None = None,
     preset: str = "default",
+    tune: str = "auto",
+    lpips: str | os.PathLike[str] | None = None,
     device: str = "auto",
     seed: int = 0,
     models: str | os.PathLike[str] | None = None,
@@ -61,29 +81,70 @@ def encode(
 
     lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (50 where nothing is given); or the
     largest size in bytes, or in bits per pixel, which the file comes to within 3 %. A size that cannot be met is warned
-    of (UserWarning).
+    of (UserWarning), and so is a training that takes minutes.
     vae, models: the autoencoder by name, and a folder to look for its weights in first.
-    preset: a name in `presets.PRESETS`. device: auto, cpu or cuda. progress: called with `overfit.Progress`.
+    preset: a name in `presets.PRESETS`. tune, lpips: see `load_tuning`. device: auto, cpu or cuda.
+    progress: called with `training.loop.Progress`.
     Raises ClricError and its subclasses.
     """
     height, width = check_image(image)
     rate = choose_rate(lmbda, quality, size, bpp)
     device = find_device(device)
     encoder = load_encoder(vae, models=models, device=device)
+    tuning = load_tuning(tune, encoder.space, preset, models=models, lpips=lpips, device=device)
     latent = encoder.encode(image)
-    return encode_latent(
-        latent,
-        width=width,
-        height=height,
-        space=encoder.space,
-        lmbda=rate.lmbda,
-        size=rate.size,
-        bpp=rate.bpp,
+    check_latent(latent, width, height, encoder.space)
+    (encoded,) = encode_latents(
+        latent[None],
+        [(width, height)],
+        encoder.space,
+        rate,
         preset=preset,
+        tuning=tuning,
+        images=[image],
         device=device,
         seed=seed,
         progress=progress,
+        warn=_warn,
     )
+    if encoded.note:
+        _warn(encoded.note)
+    return encoded.data
+
+
+def load_tuning(
+    tune: str,
+    space: str,
+    preset: str = "default",
+    *,
+    models: str | os.PathLike[str] | None = None,
+    lpips: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+) -> Tuning | None:
+    """The image decoder that functions of a latent space are trained through, and the features images are compared by.
+
+    tune: ``auto`` (lite for sd1, none for the others and for preset paper), ``none``, the name of an autoencoder, or
+    the path of an ONNX file that clric-export made. lpips: the file vgg16_lpips.npz of LPIPS-VGG, for its features
+    instead of those of the network that comes with clric. Raises ModelError.
+    """
+    if tune == "auto":
+        tune = "none" if preset == "paper" else DEFAULT_TUNE.get(space, "none")
+    if tune == "none":
+        return None
+    decoder = load_decoder(tune, models, device)
+    if decoder.space != space:
+        raise ModelError(
+            f"--tune {tune} decodes the latent space {decoder.space}, and the latent is of {space};"
+            " name a decoder of this space, or none"
+        )
+    perceptual: PerceptualDistance
+    if lpips is not None:
+        perceptual = LpipsVgg(Path(lpips), fast_dtype(device)).to(device)
+    else:
+        network = load_features().to(device)
+        network.set_dtype(fast_dtype(device))
+        perceptual = network
+    return Tuning(decoder, perceptual)
 
 
 def encode_latent(
@@ -127,13 +188,17 @@ def encode_latents(
     rate: Rate,
     *,
     preset: str = "default",
+    tuning: Tuning | None = None,
+    images: Sequence[np.ndarray] = (),
     device: str = "cpu",
     seed: int = 0,
     progress: Report | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[Encoded]:
     """The streams of a batch of latents (batch, C, h, w) float32, trained together, of images (width, height).
 
-    Latents as `check_latent` lets through; device: cpu or cuda. Raises ClricError.
+    Latents as `check_latent` lets through. tuning, images: what functions are trained through, and the images, each
+    (height, width, 3) uint8. device: cpu or cuda. warn: called before a training that takes minutes. Raises ClricError.
     """
     if preset not in PRESETS:
         raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -150,6 +215,16 @@ def encode_latents(
             segments=encode_grids(function.networks, function.grids, function.architecture),
         )
 
+    distortion = None
+    if tuning is not None:
+        on_device = torch.from_numpy(latents).to(device)
+        distortion = ImageDistortion(images, on_device, tuning.decoder, tuning.perceptual)
+        seconds = distortion.seconds() * PRESETS[preset].tuning.looks
+        if seconds > LONG:
+            warn(
+                f"training through the image decoder {tuning.decoder.name} takes about {seconds / 60:.0f} min"
+                " (--tune none goes without)"
+            )
     limits = [rate.bytes(count) for count in pixels]
     functions = overfit(
         latents,
@@ -158,6 +233,7 @@ def encode_latents(
         PRESETS[preset],
         measure=lambda function, i: len(stream(function, i)),
         sizes=None if rate.lmbda is not None else [limit or 0 for limit in limits],
+        image=distortion,
         seed=seed,
         device=device,
         report=progress,
@@ -229,6 +305,10 @@ def _decoded(data: bytes, function: Function) -> np.ndarray:
     if not same:
         raise ClricError("the stream does not decode to what was encoded; nothing was written; please report this")
     return synthesize(grids, networks, function.architecture)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def find_device(name: str) -> str:

@@ -139,9 +139,11 @@ def distill(
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:
     """Writes the files, and gives a line about each. Raises ClricError, whatever goes wrong."""
     with _libraries():
+        from clric_encoder.networks import load_decoder_network
+
         from .onnx import write_decoder  # torch takes seconds to import, --help should not
-        from .sources import load_decoder
-    decoder = load_decoder(name, models)
+
+    decoder = load_decoder_network(name, models)
     for precision in precisions:
         try:
             manifest = write_decoder(decoder, folder, precision)

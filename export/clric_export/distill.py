@@ -26,14 +26,20 @@ from clric_decoder.bitstream import read_header
 from clric_decoder.errors import ClricError, ModelError, brief
 from clric_decoder.image import read_image
 from clric_decoder.latent import decode_latent
+from clric_encoder.networks import (
+    SmallDecoder,
+    load_decoder_network,
+    load_encoder_network,
+    receptive_halo,
+    small_encoder,
+)
+from clric_encoder.training.distortion import ms_ssim, structure
 from PIL import Image
 from torch import Tensor, nn
 
-from .losses import Lpips, flatness_loss, ms_ssim
+from .losses import Lpips, flatness_loss
 from .muon import Muon
 from .onnx import write_decoder
-from .small import SmallDecoder, small_encoder
-from .sources import load_decoder, load_encoder, receptive_halo
 
 # Larger photos are reduced to this long side: downscaled photos are sharp, and what is coded most is of this size.
 LONG_SIDE = 768
@@ -101,9 +107,9 @@ def distill(
     Gives the paths of the decoder (ONNX with its manifest, the weights stored in int8) and of the encoder
     (safetensors, float16). Raises ClricError and OSError.
     """
-    source = load_decoder(teacher, models)
+    source = load_decoder_network(teacher, models)
     teacher_decoder = source.module.to(device)
-    teacher_encoder = load_encoder(teacher, models).to(device)
+    teacher_encoder = load_encoder_network(teacher, models)[1].to(device)
 
     def encode(image: np.ndarray) -> np.ndarray:
         height, width, _ = image.shape
@@ -247,8 +253,8 @@ def train_decoder(
         total = sum(F.l1_loss(F.avg_pool2d(image, side), F.avg_pool2d(pixels, side)) for side in COLOUR_SCALES)
         total = total + PHOTO_PIXELS_WEIGHT * F.l1_loss(image, pixels)
         total = total + TEACHER_PIXELS_WEIGHT * F.l1_loss(image, taught)
-        total = total + PHOTO_STRUCTURE_WEIGHT * (1 - ms_ssim(image, pixels, scales=4))
-        total = total + TEACHER_STRUCTURE_WEIGHT * (1 - ms_ssim(image, taught, scales=4))
+        total = total + PHOTO_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels, scales=4)))
+        total = total + TEACHER_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(taught, scales=4)))
         total = total + FLATNESS_WEIGHT * flatness_loss(image, pixels)
         if lpips is not None and iteration >= settings.plain * settings.iterations:
             # Half of the batch: LPIPS of a crop costs as much as its decoding, and more crops teach more.
@@ -262,7 +268,7 @@ def train_decoder(
             latent, pixels = latent.to(device), pixels.to(device)
             image = decoder(latent).clamp(0, 1)
             figures["psnr"].append(-10 * math.log10(F.mse_loss(image, pixels).item()))
-            figures["ms_ssim"].append(ms_ssim(image, pixels).item())
+            figures["ms_ssim"].append(ms_ssim(image, structure(pixels)).item())
             if lpips is not None:
                 figures["lpips"].append(lpips(image, pixels).item())
         return {name: round(float(np.mean(values)), 4) for name, values in figures.items() if values}

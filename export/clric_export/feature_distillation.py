@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from clric_decoder.errors import ClricError
 from clric_decoder.image import read_image
+from clric_encoder.training.distortion import ms_ssim, structure
 from clric_encoder.training.features import FeatureNetwork, LpipsVgg, PerceptualDistance
 from PIL import Image
 from torch import Tensor, nn
-
-from .losses import ms_ssim
 
 # A crop in pixels, and the part of it that is compared, at a place that does not follow the decoder's raster of 8.
 CROP, COMPARED = 128, 112
@@ -189,7 +188,9 @@ class _PoolMaker:
                 (gradient,) = torch.autograd.grad(value.sum(), shown)
             loss = weight * (_cut(image, places) * gradient).sum()
             if not alone:
-                errors = PIXELS * F.mse_loss(image, originals) + STRUCTURE * (1 - ms_ssim(image, originals, scales=4))
+                errors = PIXELS * F.mse_loss(image, originals) + STRUCTURE * (
+                    1 - ms_ssim(image, structure(originals, scales=4))
+                )
                 loss = loss + len(photos) * errors
             (to_latents,) = torch.autograd.grad(loss, latents)
             integers.grad = to_latents * step

@@ -1,4 +1,4 @@
-"""What a trained image decoder is judged by: structure (MS-SSIM) and features (LPIPS), differentiable.
+"""Losses of image decoders in training: flat areas, and features (LPIPS).
 
 Images are [N, 3, H, W] float32, RGB in [0, 1].
 """
@@ -11,40 +11,8 @@ import torch.nn.functional as F
 from clric_decoder.errors import ModelError, brief
 from torch import Tensor, nn
 
-# Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment", 2003.
-_MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-_WINDOW = 11
-
 # The torchvision layers of squeezenet1_1 after whose last one LPIPS compares features.
 _LPIPS_SLICES = ((0, 1), (3, 4), (6, 7), (9,), (10,), (11,), (12,))
-
-
-def ms_ssim(a: Tensor, b: Tensor, scales: int = 5) -> Tensor:
-    """Mean multi-scale structural similarity of two batches, on RGB channels.
-
-    ``scales``: how many of the five scales, whose weights are normalised; the sides must be at least
-    11 * 2^(scales - 1). All five are the published measure.
-    """
-    window = torch.exp(-((torch.arange(_WINDOW, device=a.device) - _WINDOW // 2) ** 2) / (2 * 1.5**2))
-    window = (window / window.sum()).to(a).expand(a.shape[1], 1, 1, -1)
-
-    def blur(x: Tensor) -> Tensor:
-        x = F.conv2d(x, window, groups=x.shape[1])
-        return F.conv2d(x, window.transpose(2, 3), groups=x.shape[1])
-
-    weights = torch.tensor(_MS_SSIM_WEIGHTS[:scales]).to(a)
-    result = a.new_ones(())
-    for scale, weight in enumerate(weights / weights.sum()):
-        mean_a, mean_b = blur(a), blur(b)
-        variance_a, variance_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-        covariance = blur(a * b) - mean_a * mean_b
-        similarity = (2 * covariance + 0.03**2) / (variance_a + variance_b + 0.03**2)
-        if scale == scales - 1:
-            similarity = similarity * (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
-        # Anticorrelated patches have no real power: they count as nothing in common.
-        result = result * similarity.mean((2, 3)).clamp(min=1e-4) ** weight
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return result.mean()
 
 
 def flatness_loss(image: Tensor, reference: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A DecoderSource becomes an ONNX file with its manifest, compared with torch before it takes its name.
+"""A DecoderNetwork becomes an ONNX file with its manifest, compared with torch before it takes its name.
 
 `write_decoder` gives NAME.onnx (fp32) or NAME.fp16.onnx, with the manifest NAME.json or NAME.fp16.json beside
 it, as clric_decoder.models.find_decoder reads them. A decoder that exists in one precision only has its plain name.
@@ -19,8 +19,7 @@ import onnx.numpy_helper
 import onnxruntime
 import torch
 from clric_decoder.errors import ModelError
-
-from .sources import DecoderSource
+from clric_encoder.networks import DecoderNetwork
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -39,7 +38,7 @@ _LARGE = 1024
 
 
 def write_decoder(
-    decoder: DecoderSource, folder: Path, precision: Precision, stem: str | None = None
+    decoder: DecoderNetwork, folder: Path, precision: Precision, stem: str | None = None
 ) -> dict[str, Any]:
     """Exports, compares, and writes the ONNX file and its manifest into a folder, which is made if need be.
 
@@ -81,7 +80,7 @@ def write_decoder(
     return manifest
 
 
-def export_onnx(decoder: DecoderSource, path: Path, precision: Precision) -> None:
+def export_onnx(decoder: DecoderNetwork, path: Path, precision: Precision) -> None:
     """Writes the ONNX file of a decoder: input ``latent``, output ``image``, batch, height and width dynamic.
 
     fp16: the weights are stored as float16 and widened by Cast nodes, which onnxruntime folds away when it
@@ -115,7 +114,7 @@ def export_onnx(decoder: DecoderSource, path: Path, precision: Precision) -> Non
         onnx.save(model, path)
 
 
-def parity(decoder: DecoderSource, path: Path) -> float:
+def parity(decoder: DecoderNetwork, path: Path) -> float:
     """The largest absolute difference between an ONNX file and its torch module, the image in [0, 1].
 
     On normally distributed latents (seeded) of `PARITY_SIZES`, by onnxruntime on the CPU.

@@ -11,7 +11,7 @@ from clric_decoder.image import read_image
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.bench import fid, metrics
 from clric_encoder.bench.codecs import make_codecs
-from clric_export.sources import load_decoder
+from clric_encoder.networks import load_decoder_network
 from PIL import Image
 
 RANDOM = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_lpips_agrees_with_what_others_measured(shared: Path, name: str, lpips: 
     distance = metrics.Lpips("squeeze", *metrics.find_lpips(shared / "metrics")["squeeze"])
     image, _ = read_image(shared / "data/kodak" / f"{name}.png")
     latent = load_encoder("taesd", models=shared / "models").encode(image)
-    decoder = load_decoder("taesd", shared / "models").module.eval()
+    decoder = load_decoder_network("taesd", shared / "models").module.eval()
     with torch.inference_mode():
         pixels = decoder(torch.from_numpy(latent)[None])[0].clamp(0, 1)
     decoded = (pixels * 255).round().byte().permute(1, 2, 0).numpy()

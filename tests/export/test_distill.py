@@ -11,13 +11,12 @@ from click.testing import CliRunner
 from clric_decoder.autoencoder import decode_image, decode_tiled, open_decoder
 from clric_decoder.errors import ClricError, ModelError
 from clric_encoder.autoencoder import load_encoder
+from clric_encoder.networks import SmallDecoder, load_decoder_network, small_encoder
 from clric_export import distill as distillation
 from clric_export.cli import command
 from clric_export.distill import Photos, Settings, distill, train_decoder
 from clric_export.losses import Lpips, flatness_loss, ms_ssim
 from clric_export.muon import Muon
-from clric_export.small import SmallDecoder, small_encoder
-from clric_export.sources import load_decoder
 from diffusers import AutoencoderTiny
 from PIL import Image
 
@@ -84,7 +83,7 @@ def test_lpips_of_a_known_pair(shared: Path) -> None:
     latent = load_encoder("taesd", shared / "models").encode(photo)
     pixels = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
-        image = load_decoder("taesd", shared / "models").module(torch.from_numpy(latent)[None])
+        image = load_decoder_network("taesd", shared / "models").module(torch.from_numpy(latent)[None])
         assert lpips(image, pixels).item() == pytest.approx(0.050, abs=0.002)
         assert lpips(pixels, pixels).item() == 0
 
@@ -242,7 +241,7 @@ def test_the_teachers_image_is_its_decoders(teacher: Path, finished: tuple[Path,
     image, latent = (np.load(path) for path in sorted((finished[0] / "latents").glob("0-*")))
     assert (image.shape, image.dtype) == ((225, 768, 3), np.uint8)
     with torch.inference_mode():
-        painted = load_decoder("taesd", teacher).module(torch.from_numpy(latent)[None].float())
+        painted = load_decoder_network("taesd", teacher).module(torch.from_numpy(latent)[None].float())
     np.testing.assert_allclose(image, 255 * painted[0].permute(1, 2, 0)[:225], atol=0.51)
 
 

@@ -16,9 +16,9 @@ from click.testing import CliRunner, Result
 from clric_decoder.errors import ModelError
 from clric_decoder.models import AUTOENCODERS, LATENT_SPACES, check_space, find_decoder
 from clric_encoder.autoencoder import load_encoder
+from clric_encoder.networks import load_decoder_network, receptive_halo
 from clric_export.cli import command
 from clric_export.onnx import export_onnx, parity, write_decoder
-from clric_export.sources import load_decoder, receptive_halo
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
@@ -119,7 +119,7 @@ def test_a_photo_survives_the_way_there_and_back(name: str, shared: Path, tmp_pa
     """The encoder's latents are what the exported decoder takes: the same scaling, the same channels."""
     photo = np.asarray(Image.open(next((shared / "data/kodak").glob("*23*"))).convert("RGB"))[:256, :384]
     latent = load_encoder(name, shared / "models").encode(photo)
-    export_onnx(load_decoder(name, shared / "models"), tmp_path / "x.onnx", "fp16")
+    export_onnx(load_decoder_network(name, shared / "models"), tmp_path / "x.onnx", "fp16")
     image = run_onnx(tmp_path / "x.onnx", latent[None])[0].transpose(1, 2, 0)
     mse = np.mean((image * 255 - photo) ** 2)
     assert 10 * np.log10(255**2 / mse) > 25
@@ -127,11 +127,11 @@ def test_a_photo_survives_the_way_there_and_back(name: str, shared: Path, tmp_pa
 
 def test_diffusers_layout_gives_the_same_decoder(shared: Path, tmp_path: Path) -> None:
     """The files of the hub lack the clamp's number and give [-1, 1]: the decoder is the same."""
-    ours = load_decoder("taesd", shared / "models")
+    ours = load_decoder_network("taesd", shared / "models")
     vae = AutoencoderTiny().eval()
     vae.decoder.layers.load_state_dict(ours.module.layers.state_dict())
     vae.save_pretrained(tmp_path / "taesd")
-    theirs = load_decoder("taesd", tmp_path)
+    theirs = load_decoder_network("taesd", tmp_path)
     latent = torch.from_numpy(3 * normal(1, 4, 6, 6))
     with torch.inference_mode():
         image = ours.module(latent)
@@ -140,7 +140,7 @@ def test_diffusers_layout_gives_the_same_decoder(shared: Path, tmp_path: Path) -
 
 
 def test_the_halo_is_what_a_tile_needs(shared: Path) -> None:
-    decoder = load_decoder("taesd", shared / "models")
+    decoder = load_decoder_network("taesd", shared / "models")
     assert decoder.halo == 19
     latent = torch.from_numpy(normal(1, 4, 50, 12))
     with torch.inference_mode():
@@ -178,7 +178,7 @@ def test_export_of_reduced_kl_decoders(name: str, tmp_path: Path) -> None:
 
 def test_export_of_a_full_size_kl_decoder(tmp_path: Path) -> None:
     save_kl(tmp_path, "sd14", FULL)
-    decoder = load_decoder("sd14", tmp_path)
+    decoder = load_decoder_network("sd14", tmp_path)
     assert sum(p.numel() for p in decoder.module.parameters()) == 49_490_199
     manifest = write_decoder(decoder, tmp_path, "fp16")
     assert manifest["parity"] < 1e-2
@@ -202,7 +202,7 @@ def test_the_default_folder_is_where_the_decoder_looks(
 
 
 def test_a_tampered_export_is_refused(shared: Path, tmp_path: Path) -> None:
-    write_decoder(load_decoder("taesd", shared / "models"), tmp_path, "fp32")
+    write_decoder(load_decoder_network("taesd", shared / "models"), tmp_path, "fp32")
     path = tmp_path / "taesd.onnx"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -213,9 +213,9 @@ def test_a_tampered_export_is_refused(shared: Path, tmp_path: Path) -> None:
 
 def test_parity_notices_another_decoder(shared: Path, tmp_path: Path) -> None:
     """And nothing is left behind by an export that fails."""
-    decoder = load_decoder("taesd", shared / "models")
+    decoder = load_decoder_network("taesd", shared / "models")
     export_onnx(decoder, tmp_path / "x.onnx", "fp32")
-    other = load_decoder("taesdxl", shared / "models")
+    other = load_decoder_network("taesdxl", shared / "models")
     assert parity(decoder, tmp_path / "x.onnx") < 2e-5
     assert parity(other, tmp_path / "x.onnx") > 0.1
 
@@ -284,7 +284,7 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
 
 
 def test_manifests_are_readable_json(shared: Path, tmp_path: Path) -> None:
-    write_decoder(load_decoder("taesd", shared / "models"), tmp_path, "fp32")
+    write_decoder(load_decoder_network("taesd", shared / "models"), tmp_path, "fp32")
     text = (tmp_path / "taesd.json").read_text()
     assert json.loads(text)["name"] == "taesd"
     assert text.endswith("}\n")

@@ -104,7 +104,7 @@ class ImageDistortion:
         self.losses = latents.new_zeros(len(latents))
         self._decoder, self._perceptual = decoder, perceptual
         self._threads = torch.get_num_threads()
-        with torch.inference_mode():
+        with torch.no_grad():
             self._tiles = [self._tiles_of(image, latent) for image, latent in zip(images, latents, strict=True)]
 
     def look(self, latents: Tensor, owners: Sequence[int]) -> None:
@@ -168,7 +168,7 @@ class ImageDistortion:
                     slice(max(0, left - around), min(columns, right + around)),
                 )
                 cut = image[8 * top : min(8 * bottom, height), 8 * left : min(8 * right, width)]
-                pixels = torch.from_numpy(np.ascontiguousarray(cut)).to(latent.device).permute(2, 0, 1)[None] / 255
+                pixels = torch.from_numpy(np.array(cut)).to(latent.device).permute(2, 0, 1)[None] / 255
                 features = None
                 if self._perceptual is not None and min(pixels.shape[2:]) >= PERCEPTUAL_SIDE:
                     features = self._perceptual.features(pixels)
@@ -182,13 +182,13 @@ def _spans(length: int, count: int) -> list[tuple[int, int]]:
     return [(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
-def structure(image: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def structure(image: Tensor, scales: int = len(_SCALE_WEIGHTS)) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What MS-SSIM needs of the original [N, 3, H, W]: for each scale the image, its local means and variances.
 
-    Five scales where the sides allow for them (176 pixels), fewer for smaller images, none below 11 pixels.
+    scales: at most; an image with sides below 176 pixels has fewer than five, one below 11 none.
     """
     result: list[tuple[Tensor, Tensor, Tensor]] = []
-    while len(result) < len(_SCALE_WEIGHTS) and min(image.shape[2:]) >= WINDOW:
+    while len(result) < scales and min(image.shape[2:]) >= WINDOW:
         mean = _blur(image)
         result.append((image, mean, _blur(image * image) - mean * mean))
         image = F.avg_pool2d(image, 2)

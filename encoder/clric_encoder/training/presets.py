@@ -27,6 +27,11 @@ class Stage:
     fixed: bool = False
     look_every: int = 0
 
+    @property
+    def looks(self) -> int:
+        """How many times the image is looked at."""
+        return -(-self.iterations // self.look_every)
+
 
 @dataclass(frozen=True)
 class WarmUp:

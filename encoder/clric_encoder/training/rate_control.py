@@ -29,6 +29,7 @@ class Dynamics:
     What grids cost more, in the course of a stage, than they will at its end, as measured at constant lambda, is
     exp(start exp(-iteration / start_iterations) + excess exp(-decay position)), position in the stage from 0 to 1.
     first, last: the positions between which lambda moves: before, bits say too little; after, they follow too slowly.
+    max_change: how many times its first value lambda may come to, up or down, in one training.
     """
 
     elasticity: float
@@ -39,15 +40,13 @@ class Dynamics:
     decay: float
     first: float
     last: float
+    max_change: float
 
 
 # Fitted to presets fast and default, and to the training on images of three photos at 0.05 and 0.2 bpp.
-LATENT = Dynamics(0.55, 0.12, 0.83, 46, 0.15, 4.3, 0.1, 0.7)
-IMAGE = Dynamics(0.55, 0.15, 0.0, 1, 0.28, 5.0, 0.03, 0.85)
-
-# How many times its first value lambda may come to, up or down, in one training: grids that are few stay near their
-# start whatever it is, and the networks would be all that follows.
-MAX_CHANGE = 8
+# Grids that are few stay near their start whatever lambda is, and the networks would be all that follows it.
+LATENT = Dynamics(0.55, 0.12, 0.83, 46, 0.15, 4.3, 0.1, 0.7, 8)
+IMAGE = Dynamics(0.55, 0.25, 0.0, 1, 0.28, 5.0, 0.03, 0.6, 2.5)
 
 # In the few iterations that correct a file's size, lambda has this many times less power, and sometimes much less: it
 # moves twice as far again where a size has not come half of its way, up to this much in its logarithm.
@@ -70,10 +69,12 @@ class RateControl:
         dynamics: Dynamics,
         others: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
+        at_most: bool = False,
     ) -> None:
-        """others: (batch,), bits of all but the grids, where that is known. starts: (batch,), bits of grids that the
+        """at_most: whether files may be smaller than their sizes: lambda then never falls. others: (batch,), bits of all but the grids, where that is known. starts: (batch,), bits of grids that the
         first lambdas are to be those of, where that is not what is left of the sizes."""
         self._sizes, self._dynamics, self._others, self._starts = np.array(sizes), dynamics, others, starts
+        self._at_most = at_most
         self._powers = torch.full((len(sizes),), WEAKNESS / dynamics.elasticity)
         self._excess = torch.zeros(len(sizes))
 
@@ -114,9 +115,11 @@ class RateControl:
         start = own.start * math.exp(-iteration / own.start_iterations)
         final = bits * math.exp(-start - own.excess * math.exp(-own.decay * position))
         excess = torch.log((final + 1) / self._grid_goals()[owners]).clamp(-1, 1)
+        if self._at_most:
+            excess = excess.clamp_min(0)
         moved = lambdas * torch.exp(excess * (pause / iterations / own.response / own.elasticity))
         first = self._first[owners]
-        return torch.minimum(torch.maximum(moved, first / MAX_CHANGE), first * MAX_CHANGE).clamp(LOWEST, HIGHEST)
+        return torch.minimum(torch.maximum(moved, first / own.max_change), first * own.max_change).clamp(LOWEST, HIGHEST)
 
     def know_networks(self, networks: Sequence[list[Parameters]]) -> None:
         """What the networks cost, about: more is saved on them in the end."""
@@ -141,7 +144,9 @@ class RateControl:
         """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""
         shares = np.array(sizes) / self._sizes
         limits = lambdas.cpu().numpy()
-        wrong = ((shares > 1) & (limits < HIGHEST)) | ((shares < MIN_FILL) & (limits > LOWEST))
+        wrong = (shares > 1) & (limits < HIGHEST)
+        if not self._at_most:
+            wrong |= (shares < MIN_FILL) & (limits > LOWEST)
         return np.flatnonzero(wrong).tolist()
 
     def last_lambdas(self, lambdas: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,427 @@
+"""Both halves of pretrained autoencoders as torch modules, and where their weights come from.
+
+Takes the name of an autoencoder (clric_decoder/models.py) and finds its weights locally or on the Hugging Face hub.
+Whatever a VAE's own conventions, the modules have these:
+
+    encoder: image [N, 3, 8h, 8w] float32, RGB in [0, 1]  ->  latent [N, C, h, w] float32, scaled as the codec's
+    decoder: latent -> image; in training mode not clamped to [0, 1], since a gradient would end there
+"""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from clric_decoder.errors import ModelError, brief
+from clric_decoder.models import (
+    DIFFUSERS_FILES,
+    ENCODER_SHAPES,
+    LATENT_SPACES,
+    Autoencoder,
+    Half,
+    find_autoencoder,
+    find_decoder,
+    find_weights,
+    missing_weights,
+)
+from torch import Tensor, nn
+
+# diffusers, huggingface_hub and onnx take a third of a second to four seconds to import, and are imported where they
+# are needed.
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+# What comes with clric: the encoder of the autoencoder ``lite``.
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class DecoderNetwork:
+    """An image decoder in eval mode, its weights frozen: see `load_decoder_network`.
+
+    halo: how many latents around a tile its pixels depend on; None where all depend on all.
+    """
+
+    name: str
+    space: str
+    channels: int
+    halo: int | None
+    licence: str
+    source: str
+    module: nn.Module
+
+
+def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None) -> tuple[Autoencoder, nn.Module]:
+    """The encoder of the autoencoder of this name or alias, float32 on the CPU, in eval mode.
+
+    Weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among
+    those that come with clric, in the cache of the Hugging Face hub, and on the hub. Raises ModelError for missing or
+    damaged ones. The module of kinds tiny and lite is an nn.Sequential of the layers of TAESD's encoder.
+    """
+    autoencoder = find_autoencoder(name)
+    path = find_weights(autoencoder, "encoder", models) or _packaged(autoencoder)
+    path = path or _hub_folder(autoencoder, "encoder", models)
+    if autoencoder.kind == "kl":
+        vae = _load_kl(autoencoder, path)
+        vae.decoder = None  # more than half of the weights, of no use here
+        return autoencoder, KLEncoder(vae, autoencoder.scaling, autoencoder.shift).eval()
+    if path.is_dir():
+        return autoencoder, _tiny_vae(autoencoder, path).encoder.layers.eval()
+    channels = LATENT_SPACES[autoencoder.space].channels
+    return autoencoder, _tiny_encoder(autoencoder.kind, channels, path, f"encoder of {autoencoder.name}").eval()
+
+
+def load_small_encoder(path: Path) -> tuple[str, nn.Sequential]:
+    """The latent space and the layers of a small encoder, whose file names its space in its metadata."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            space = LATENT_SPACES[(file.metadata() or {})["latent_space"]]
+    except FileNotFoundError as error:
+        raise ModelError(f"encoder file {path} does not exist") from error
+    except Exception as error:  # safetensors' own, OSError, KeyError
+        raise ModelError(f"{path} is no encoder of clric-export distill: {brief(error)}") from error
+    return space.name, _tiny_encoder("lite", space.channels, path, "encoder of clric-export distill").eval()
+
+
+def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None) -> DecoderNetwork:
+    """The image decoder of this name, alias or path of an ONNX file, float32 on the CPU.
+
+    Weights of the TAESD family and of diffusers' AutoencoderKL are looked for as `load_encoder_network` does. Decoders
+    that exist as ONNX, `lite` among them, are found by clric_decoder.models.find_decoder; they must be of
+    clric-export's making, whose networks are known here. Raises ModelError for missing, damaged and unknown ones.
+    """
+    if name.endswith(".onnx") or find_autoencoder(name).kind == "lite":
+        return _load_onnx(name, models)
+    autoencoder = find_autoencoder(name)
+    path = find_weights(autoencoder, "decoder", models) or _hub_folder(autoencoder, "decoder", models)
+    halo: int | None
+    if autoencoder.kind == "kl":
+        vae = _load_kl(autoencoder, path)
+        module: nn.Module = KLDecoder(vae, autoencoder.scaling, autoencoder.shift)
+        halo = None  # GroupNorm and attention look at the whole image
+    else:
+        channels = LATENT_SPACES[autoencoder.space].channels
+        if path.is_dir():
+            layers = _tiny_vae(autoencoder, path).decoder.layers
+        else:
+            state = {_without_clamp(key): tensor for key, tensor in _read_weights(path).items()}
+            layers = _tiny_decoder(channels, state, f"{path} holds no decoder of {autoencoder.name}")
+        module, halo = TinyDecoder(layers), receptive_halo(layers)
+    return DecoderNetwork(
+        autoencoder.name,
+        autoencoder.space,
+        LATENT_SPACES[autoencoder.space].channels,
+        halo,
+        autoencoder.licence,
+        autoencoder.source,
+        module.eval().requires_grad_(False),
+    )
+
+
+class TinyBlock(nn.Module):
+    """ReLU(x + three convolutions of x), the block of TAESD's kind, by the names of its weights.
+
+    pooled: for TAEF2's lowest resolution, where a pooling branch is added to the input.
+    """
+
+    def __init__(self, width: int, pooled: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(3):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        self.conv = nn.Sequential(*layers[:-1])
+        self.fuse = nn.ReLU()
+        self.pool = None
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return self.fuse(self.conv(x) + x)
+
+
+class KLEncoder(nn.Module):
+    """The encoder of an AutoencoderKL, which takes [-1, 1]: its posterior's mean, scaled."""
+
+    def __init__(self, vae: Any, scaling: float, shift: float) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling = scaling
+        self.shift = shift
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (self.vae.encode(image * 2 - 1).latent_dist.mean - self.shift) * self.scaling
+
+
+class TinyDecoder(nn.Module):
+    """A decoder of the TAESD family; `layers` as in its own files but for the clamp."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, latent: Tensor) -> Tensor:
+        image = self.layers(3 * torch.tanh(latent / 3))
+        return image if self.training else image.clamp(0, 1)
+
+
+class KLDecoder(nn.Module):
+    """The decoder of an AutoencoderKL, which takes latent / scaling + shift and gives [-1, 1]."""
+
+    def __init__(self, vae: Any, scaling: float, shift: float) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv if vae.config.use_post_quant_conv else nn.Identity()
+        self.decoder = vae.decoder
+        self.scaling = scaling
+        self.shift = shift
+
+    def forward(self, latent: Tensor) -> Tensor:
+        image = self.decoder(self.post_quant_conv(latent / self.scaling + self.shift)) / 2 + 0.5
+        return image if self.training else image.clamp(0, 1)
+
+
+class SmallBlock(nn.Module):
+    """x + conv(ReLU(conv(x))), 3 x 3."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)  # the identity at first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)))
+
+
+class SmallDecoder(nn.Module):
+    """Latent [N, C, h, w] -> image [N, 3, 8h, 8w], RGB in [0, 1] (in training mode about that); 17,000 MAC/pixel.
+
+    ``widths``, ``blocks``: channels and residual blocks at 1/8, 1/4 and 1/2 of the image's size. Convolutions to
+    four times the channels and pixel shuffles lead from one size to the next, and from the last to the pixels.
+    """
+
+    def __init__(
+        self, channels: int, widths: tuple[int, ...] = (96, 32, 16), blocks: tuple[int, ...] = (4, 2, 1)
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.ReLU()]
+        for width, count, following in zip(widths, blocks, [*widths[1:], 3], strict=True):
+            layers += [SmallBlock(width) for _ in range(count)]
+            layers += [nn.Conv2d(width, 4 * following, 3, padding=1), nn.PixelShuffle(2), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, latent: Tensor) -> Tensor:
+        image = self.layers(latent) + 0.5
+        return image if self.training else image.clamp(0, 1)  # beyond the clamp there is no gradient
+
+
+def receptive_halo(layers: nn.Sequential) -> int | None:
+    """The latents on each side on which the 8 x 8 pixels of one latent depend; None where all do.
+
+    Walks back from the first and last of these pixels: a convolution widens the span by half its kernel,
+    doubling the size halves its ends.
+    """
+    first, last = 0, 7
+    for layer in reversed(list(layers)):
+        if any(isinstance(module, nn.GroupNorm) for module in layer.modules()):
+            return None
+        if isinstance(layer, nn.Upsample | nn.PixelShuffle):
+            first, last = first // 2, last // 2
+        reach = sum(module.kernel_size[0] // 2 for module in layer.modules() if isinstance(module, nn.Conv2d))
+        first, last = first - reach, last + reach
+    return max(-first, last)
+
+
+def small_encoder(channels: int) -> nn.Sequential:
+    """Image [N, 3, 8h, 8w], RGB in [0, 1] -> latent [N, C, h, w], with random weights; 34,000 MAC/pixel."""
+    return _encoder_layers("lite", channels, pooled=())
+
+
+def _encoder_layers(kind: str, channels: int, pooled: Collection[int]) -> nn.Sequential:
+    """An encoder of the TAESD family, with random weights. pooled: numbers of the layers that are pooled blocks."""
+    blocks, width = ENCODER_SHAPES[kind]
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+    for number, count in enumerate(blocks):
+        if number:
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+        for _ in range(count):
+            layers.append(TinyBlock(width, pooled=len(layers) in pooled))
+    return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+
+
+def _tiny_encoder(kind: str, channels: int, path: Path, what: str) -> nn.Sequential:
+    state = _read_weights(path)
+    layers = _encoder_layers(kind, channels, _pooled(state))
+    try:
+        layers.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{path} holds no {what}: {brief(error)}") from error
+    return layers
+
+
+def _tiny_decoder(channels: int, state: dict[str, Tensor], wrong: str) -> nn.Sequential:
+    """The layers of the TAESD family's decoders behind the clamp. wrong: how an error's message begins."""
+    pooled, width = _pooled(state), 64
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+    for blocks in (3, 3, 3):
+        for _ in range(blocks):
+            layers.append(TinyBlock(width, pooled=len(layers) in pooled))
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+    layers += [TinyBlock(width, pooled=False), nn.Conv2d(width, 3, 3, padding=1)]
+    result = nn.Sequential(*layers)
+    try:
+        result.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{wrong}: {brief(error)}") from error
+    return result
+
+
+def _pooled(state: dict[str, Tensor]) -> set[int]:
+    return {int(key.split(".")[0]) for key in state if key.split(".")[1:2] == ["pool"]}
+
+
+def _load_onnx(name: str, models: str | os.PathLike[str] | None) -> DecoderNetwork:
+    """A decoder from the initializers of its ONNX file, which keep torch's names (clric_export/onnx.py)."""
+    path, manifest = find_decoder(name, models)
+    unknown = f"{path} is no network that clric-export made: gradients cannot pass through it"
+    state = {key.removeprefix("layers."): value for key, value in _initializers(path).items()}
+    if not all(key[:1].isdigit() for key in state):
+        raise ModelError(unknown)
+    if any(".conv." in key for key in state):
+        layers = _tiny_decoder(manifest["channels"], state, unknown)
+        module: nn.Module = TinyDecoder(layers)
+    else:
+        small = SmallDecoder(manifest["channels"], *_small_shape(state))
+        layers, module = small.layers, small
+        try:
+            layers.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"{unknown} ({brief(error)})") from error
+    module.eval().requires_grad_(False)
+    licence, source = (str(manifest.get(field, "")) for field in ("licence", "source"))
+    return DecoderNetwork(
+        manifest["name"], manifest["latent_space"], manifest["channels"], manifest["halo"], licence, source, module
+    )
+
+
+def _small_shape(state: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Widths and numbers of blocks of a SmallDecoder: its layers are a convolution, then blocks and a convolution for
+    each size, with a pixel shuffle and a ReLU behind each."""
+    widths: list[int] = []
+    blocks: list[int] = []
+    for number in sorted({int(key.split(".")[0]) for key in state}):
+        if f"{number}.first.weight" in state:
+            blocks[-1] += 1
+        elif number == 0:
+            widths.append(len(state["0.bias"]))
+            blocks.append(0)
+        else:
+            widths.append(len(state[f"{number}.bias"]) // 4)
+            blocks.append(0)
+    return tuple(widths[:-1]), tuple(blocks[:-1])
+
+
+def _initializers(path: Path) -> dict[str, Tensor]:
+    """The weights of an ONNX file as float32, those that are stored in fewer bits widened as its graph does."""
+    import onnx
+
+    try:
+        graph = onnx.load(path).graph
+        stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    except Exception as error:  # onnx, protobuf and OSError share no base class for a damaged file
+        raise ModelError(f"{path} cannot be read as ONNX: {brief(error)}") from error
+    result = {}
+    for name, values in stored.items():
+        base, _, kind = name.rpartition(".")
+        if kind == "int8":
+            result[base] = torch.from_numpy(values.astype(np.float32) * stored[f"{base}.scale"])
+        elif kind == "fp16":
+            result[base] = torch.from_numpy(values.astype(np.float32))
+        elif kind in ("weight", "bias"):
+            result[name] = torch.from_numpy(values.astype(np.float32))
+    return result
+
+
+def _without_clamp(key: str) -> str:
+    """The family's own decoder files count the clamp as layer 0, and diffusers does not, nor is it one here."""
+    number, _, rest = key.partition(".")
+    return f"{int(number) - 1 if number.isdigit() else number}.{rest}"
+
+
+def _packaged(autoencoder: Autoencoder) -> Path | None:
+    path = _WEIGHTS / f"{autoencoder.encoder_stem}.safetensors"
+    return path if path.is_file() else None
+
+
+def _load_kl(autoencoder: Autoencoder, path: Path) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
+
+    return _load_diffusers(AutoencoderKL, autoencoder, path)
+
+
+def _tiny_vae(autoencoder: Autoencoder, path: Path) -> Any:
+    from diffusers import AutoencoderTiny
+
+    # AutoencoderTiny maps [-1, 1] to [0, 1] before these layers and leaves the latent as it is.
+    return _load_diffusers(AutoencoderTiny, autoencoder, path)
+
+
+def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None) -> Path:
+    """The folder in diffusers layout from the hub's cache, or else the hub; ModelError without."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, subfolder = autoencoder.hub_repo, autoencoder.hub_subfolder
+    if repo is None:
+        raise missing_weights(autoencoder, half, models, None)
+    get = partial(hf_hub_download, repo, subfolder=subfolder)
+    try:
+        paths = [get(file, local_files_only=True) for file in DIFFUSERS_FILES]
+    except LocalEntryNotFoundError:
+        try:
+            paths = [get(file) for file in DIFFUSERS_FILES]
+        except LocalEntryNotFoundError as error:
+            raise missing_weights(autoencoder, half, models, "which cannot be reached") from error
+        except OSError as error:  # no such repository, no permission, no space left
+            raise missing_weights(autoencoder, half, models, brief(error)) from error
+    return Path(paths[0]).parent
+
+
+def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
+    """A float32 model from a folder in diffusers layout. Raises ModelError for a damaged one."""
+    try:
+        vae = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).float()
+    except Exception as error:  # diffusers and safetensors share no base class for what a damaged file does
+        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {brief(error)}") from error
+    channels = LATENT_SPACES[autoencoder.space].channels
+    if vae.config.latent_channels != channels:
+        raise ModelError(
+            f"{folder} has {vae.config.latent_channels} latent channels, {autoencoder.name} has {channels}:"
+            " it is another model"
+        )
+    return vae
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file as float32. Raises ModelError for a damaged file."""
+    try:
+        if path.suffix == ".pth":
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = safetensors.torch.load_file(path)
+        return {key: tensor.float() for key, tensor in state.items()}
+    except Exception as error:  # the two readers share no base class for what a damaged file does to them
+        raise ModelError(f"{path} cannot be read as weights: {brief(error)}; download it again") from error
