@@ -298,7 +298,7 @@ def _load_onnx(name: str, models: str | os.PathLike[str] | None) -> DecoderNetwo
     path, manifest = find_decoder(name, models)
     unknown = f"{path} is no network that clric-export made: gradients cannot pass through it"
     state = {key.removeprefix("layers."): value for key, value in _initializers(path).items()}
-    if not all(key[:1].isdigit() for key in state):
+    if not state or not all(key[:1].isdigit() for key in state):
         raise ModelError(unknown)
     if any(".conv." in key for key in state):
         layers = _tiny_decoder(manifest["channels"], state, unknown)

@@ -1,4 +1,4 @@
-"""clric-export: makes ONNX image decoders for clric-dec, of pretrained autoencoders, and small ones by distillation."""
+"""clric-export: makes ONNX image decoders for clric-dec, of pretrained autoencoders, and trains small autoencoders."""
 
 import contextlib
 import os
@@ -134,6 +134,145 @@ def distill(
             click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
 
     return for_each(NAME, [(teacher,)], run)
+
+
+@command.command()
+@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder to work in; a run that was stopped there goes on.",
+)
+@click.option("--space", default="custom", show_default=True, help="Name of the latent space, and of the files.")
+@click.option("--channels", type=click.IntRange(4, 64), default=8, show_default=True, help="Of the latent.")
+@click.option(
+    "--iterations",
+    type=click.IntRange(0),
+    default=50_000,
+    show_default=True,
+    help="In all, at a constant learning rate; 0 writes the files of what is trained.",
+)
+@click.option(
+    "--decay",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Iterations that follow, in which the learning rate falls to zero.",
+)
+@click.option("--crop", type=click.Choice(["192", "256"]), default="192", show_default=True, help="Side of crops.")
+@click.option("--crops", type=click.IntRange(1), default=4, show_default=True, help="Crops in a batch.")
+@click.option(
+    "--lpips",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="vgg16_lpips.npz; without, only the feature network that comes with clric is used.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+def train(
+    photos: Path,
+    output: Path,
+    space: str,
+    channels: int,
+    iterations: int,
+    decay: int,
+    crop: str,
+    crops: int,
+    lpips: Path | None,
+    seed: int,
+) -> int:
+    """Train an autoencoder with the rate in the loss: a decoder as ONNX, an encoder as safetensors.
+
+    It learns from a folder of photos and starts from the weights of lite. Hours on a CPU; it can be stopped at any
+    time, and the same command goes on from the last checkpoint.
+    """
+
+    def run(_: str) -> None:
+        with _libraries():
+            from .train import train  # torch takes seconds to import, --help should not
+        try:
+            files = train(
+                photos,
+                output,
+                space=space,
+                channels=channels,
+                iterations=iterations,
+                decay=decay,
+                seed=seed,
+                crop=int(crop),
+                crops=crops,
+                lpips=lpips,
+                report=lambda line: click.echo(line, err=True),
+            )
+        except OSError as error:
+            raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
+        for file in files:
+            click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+
+    return for_each(NAME, [(str(output),)], run)
+
+
+@command.command()
+@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@click.option(
+    "--lpips",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="vgg16_lpips.npz, LPIPS-VGG's weights.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder to work in; a run that was stopped there goes on with the round that was stopped.",
+)
+@click.option("--vae", default="lite", show_default=True, help="Autoencoder whose distortions are learned.")
+@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--pool", type=click.IntRange(8), default=3000, show_default=True, help="Examples that each round adds.")
+@click.option("--iterations", type=click.IntRange(1), default=1300, show_default=True, help="Of each round.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder of weights, searched first.")
+def features(
+    photos: Path,
+    lpips: Path,
+    output: Path,
+    vae: str,
+    rounds: int,
+    pool: int,
+    iterations: int,
+    seed: int,
+    models: Path | None,
+) -> int:
+    """Distil LPIPS-VGG into the small feature network that clric-enc trains with.
+
+    An hour on two cores.
+    """
+
+    def run(vae: str) -> None:
+        with _libraries():
+            from clric_encoder.autoencoder import load_encoder
+            from clric_encoder.networks import load_decoder_network
+
+            from .feature_distillation import distill_features
+        try:
+            file = distill_features(
+                photos,
+                lpips,
+                output,
+                encode=load_encoder(vae, models).encode,
+                decoder=load_decoder_network(vae, models).module.train(),
+                rounds=rounds,
+                pool_size=pool,
+                iterations=iterations,
+                seed=seed,
+                report=lambda line: click.echo(line, err=True),
+            )
+        except OSError as error:
+            raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
+        click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+
+    return for_each(NAME, [(vae,)], run)
 
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:

@@ -68,9 +68,9 @@ def distill_features(
     *,
     encode: Callable[[np.ndarray], np.ndarray],
     decoder: nn.Module,
-    rounds: int = 6,
-    pool_size: int = 1600,
-    iterations: int = 1000,
+    rounds: int = 4,
+    pool_size: int = 3000,
+    iterations: int = 1300,
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:

@@ -60,6 +60,21 @@ def test_a_mean_is_of_all_images_or_there_is_none() -> None:
     assert "ssim" not in mean.values
 
 
+def test_what_nothing_was_trained_on_comes_first() -> None:
+    full = {"psnr": 30, "dists": 0.2, "lpips_squeeze": 0.3}
+    rows = [row("x", 0.1, **full, ssimulacra2=10), row("y", 0.1, **full)]
+    assert compare.qualities(rows, {}) == ["dists", "lpips_squeeze", "psnr", "ssimulacra2"]
+    trained = {"x": frozenset(["dists", "ms_ssim"]), "y": frozenset(["psnr"])}
+    assert compare.qualities(rows, trained) == ["lpips_squeeze", "ssimulacra2", "dists", "psnr"]
+
+
+def test_lower_dists_and_higher_ssimulacra2_are_better() -> None:
+    anchor = [row("x", rate, dists=0.5 - i / 10, ssimulacra2=10 * i - 20) for i, rate in enumerate(RATES)]
+    tested = [row("y", rate / 2, dists=0.5 - i / 10, ssimulacra2=10 * i - 20) for i, rate in enumerate(RATES)]
+    for measure in ("dists", "ssimulacra2"):
+        assert compare.bd_rate(tested, anchor, measure).percent == pytest.approx(-50)
+
+
 def on(codec: str, images: str, setting: float = 0.1) -> list[Row]:
     return [row(codec, setting, image) | {"image": f"{image}.png"} for image in images]
 

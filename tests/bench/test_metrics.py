@@ -72,6 +72,15 @@ def test_what_an_image_is_too_small_for_is_said() -> None:
     assert set(measures) == {"psnr", "ssim"}
     assert notes == ["too small for MS-SSIM (sides of 161)"]
     assert set(metrics.compare(a[:4], b[:4], {})[0]) == {"psnr"}
+    assert metrics.compare(a, b, {}, True)[1][1] == "too small for SSIMULACRA2 (sides of 225)"
+
+
+def test_ssimulacra2_falls_with_noise() -> None:
+    a, b = noisy(225, 240)
+    halfway = ((a.astype(int) + b) // 2).astype(np.uint8)
+    same, near, far = (metrics.compare(a, image, {}, True)[0]["ssimulacra2"] for image in (a, halfway, b))
+    assert same == 100
+    assert 100 > near > far + 5
 
 
 @pytest.mark.parametrize(

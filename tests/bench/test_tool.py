@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
-CLRIC = ("--codec", "clric", "--vae", "taesd", "--preset", "fast", "--lambda", "1")
+CLRIC = ("--codec", "clric", "--vae", "taesd", "--preset", "fast", "--lambda", "1", "--tune", "auto", "--tune", "none")
+CLRIC_NAMES = ("clric taesd fast tuned through lite", "clric taesd fast untuned")
 JPEG = {"quality": 18, "optimize": True, "progressive": True}
 
 
@@ -90,8 +91,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Bench:
     folder = tmp_path_factory.mktemp("bench")
     images = folder / "images"
     images.mkdir()
-    write_photo(images / "a.png", 176, 176)
-    write_photo(images / "small.png", 121, 256)  # another size, as many pixels
+    write_photo(images / "a.png", 240, 240)
+    write_photo(images / "small.png", 150, 384)  # another size, as many pixels
     program = Path(sys.executable).with_name("clric-bench")
     arguments = [program, "run", images, "-o", folder / "out", "--codec", "jpeg"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -120,7 +121,7 @@ def test_control_c_keeps_what_was_measured_and_the_next_run_adds_what_is_missing
     lines = (bench.folder / "results.csv").read_text().splitlines()
     assert lines[: len(bench.rows_before)] == bench.rows_before
     rows = table(bench.folder)
-    assert len(rows) == 2 * (1 + 1 + 8)  # photos x (lambda, ceiling, qualities of JPEG)
+    assert len(rows) == 2 * (2 + 1 + 8)  # photos x (ways of tuning, ceiling, qualities of JPEG)
     assert len({row["id"] for row in rows}) == len(rows)
     assert len({(row["image"], row["codec"], row["setting"]) for row in rows}) == len(rows)
     # A line for each new row, and one about each image that is damaged or there twice
@@ -151,12 +152,14 @@ def test_jpeg_rows_are_what_pillow_gives(bench: Bench) -> None:
         assert (int(row["height"]), int(row["width"])) == original.shape[:2]
 
 
-def test_clric_rows_are_what_the_library_gives(bench: Bench) -> None:
-    row = bench.row("a.png", "clric taesd fast")
+@pytest.mark.parametrize(("name", "tune"), [("tuned through lite", "lite"), ("untuned", "none")])
+def test_clric_rows_are_what_the_library_gives(bench: Bench, name: str, tune: str) -> None:
+    row = bench.row("a.png", f"clric taesd fast {name}")
+    assert row["tune"] == tune
     original, _ = read_image(bench.images / "a.png")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    data = encode(original, vae="taesd", lmbda=1, preset="fast", device="cpu", models=bench.models)
+    data = encode(original, vae="taesd", lmbda=1, preset="fast", tune=tune, device="cpu", models=bench.models)
     torch.set_num_threads(threads)
     header = read_header(data)
     assert int(row["bytes"]) == len(data)
@@ -178,17 +181,23 @@ def test_time_and_memory(bench: Bench) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("only Linux says how much memory a process held at its peak")
     encode_mb, decode_mb = ({row["codec"]: float(row[c]) for row in rows if row[c]} for c in ("encode_mb", "decode_mb"))
-    assert set(encode_mb) == set(decode_mb) == {"clric taesd fast", "JPEG"}
-    assert sum(bool(row["encode_mb"]) for row in rows) == 2
-    assert encode_mb["clric taesd fast"] > 2 * encode_mb["JPEG"]  # torch
-    assert decode_mb["clric taesd fast"] < 0.7 * encode_mb["clric taesd fast"]  # a client has none
+    assert set(encode_mb) == set(decode_mb) == {*CLRIC_NAMES, "JPEG"}
+    assert sum(bool(row["encode_mb"]) for row in rows) == 3
+    for name in CLRIC_NAMES:
+        assert encode_mb[name] > 2 * encode_mb["JPEG"]  # torch
+        assert decode_mb[name] < 0.7 * encode_mb[name]  # a client has none
     assert 10 < decode_mb["JPEG"] < 150
 
 
 def test_an_image_too_small_for_ms_ssim_is_measured_by_the_rest_and_said(bench: Bench) -> None:
     row, whole = bench.row("small.png", "JPEG", "quality 80"), bench.row("a.png", "JPEG", "quality 80")
     assert row["ms_ssim"] == ""
-    assert row["notes"] == "too small for MS-SSIM (sides of 161)"
+    assert row["notes"].split("; ") == [
+        "too small for MS-SSIM (sides of 161)",
+        "too small for SSIMULACRA2 (sides of 225)",
+    ]
+    assert row["ssimulacra2"] == ""
+    assert float(whole["ssimulacra2"]) > float(bench.row("a.png", "JPEG", "quality 1")["ssimulacra2"])
     assert float(row["ssim"]) > 0.5
     assert float(whole["ms_ssim"]) > 0.9
     assert "small.png: too small for MS-SSIM" in (bench.folder / "report.html").read_text()
@@ -210,7 +219,7 @@ def test_the_report_holds_everything_in_itself(bench: Bench) -> None:
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert "url(" not in text
     pictures = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    # Plots of PSNR and SSIM (of MS-SSIM one photo has none), crops of both photos, the strip
+    # Plots of PSNR and SSIM (the others one photo is too small for), crops of both photos, the strip
     assert len(pictures) == 5
     for source in pictures:
         kind, data = source.split(",", 1)
@@ -229,7 +238,7 @@ def test_the_report_holds_everything_in_itself(bench: Bench) -> None:
 def test_the_report_says_what_is_missing_and_why(bench: Bench) -> None:
     for name in ("report.html", "summary.md"):
         text = (bench.folder / name).read_text()
-        for measure in ("LPIPS alex", "LPIPS vgg", "LPIPS squeeze", "FID"):
+        for measure in ("LPIPS alex", "LPIPS vgg", "LPIPS squeeze", "FID", "DISTS", "FD-VGG16", "butteraugli"):
             assert measure in text
         assert "--metrics DIR" in text
         assert "25.48" in text  # the paper's Table I
@@ -296,10 +305,33 @@ def test_a_report_of_joined_runs_compares_means_over_the_same_images(run: Run, t
     assert "| JPEG | 0.39 | 2.00 |" in sections["What it costs"]
     assert "WebP" not in sections["What it costs"]
     # Each image has one PSNR here, whatever its rate
-    assert "| clric taesd fast | JPEG | no image in common | too few points (0/3) |" in sections["BD-rates"]
+    assert "| clric taesd fast | JPEG | too few points (0/3) |" in sections["BD-rates"]
     plot = (tmp_path / "results/plots/psnr.svg").read_text()
     assert "<!-- JPEG -->" in plot
     assert "<!-- WebP -->" not in plot
+
+
+def test_measures_by_vgg16_and_its_frechet_distance(run: Run, shared: Path, tmp_path: Path) -> None:
+    image, _ = read_image(shared / "data/kodak/kodim15.png")
+    Image.fromarray(image[:270, :520]).save(tmp_path / "crop.png")  # two patches of 256 x 256
+    result = run("clric-bench", "run", "crop.png", "--codec", "jpeg", "--metrics", str(shared / "metrics"))
+    assert result.returncode == 0, result.stderr
+    rows = sorted(table(tmp_path / "results"), key=lambda row: float(row["bpp"]))
+    assert {row["measured"] for row in rows} == {"lpips_squeeze lpips_vgg fd_vgg16 dists ssimulacra2"}
+    for measure, sign in (("lpips_vgg", -1), ("dists", -1), ("ssimulacra2", 1)):
+        values = [sign * float(row[measure]) for row in rows]
+        assert values == sorted(values)
+    for name in (rows[0]["image_sha256"], rows[0]["id"]):
+        assert np.load(tmp_path / f"results/fd_vgg16/{name}.npy").shape == (2, 512)
+    summary = (tmp_path / "results/summary.md").read_text()
+    distances = summary.split("## FD-VGG16 over 256 x 256 patches")[1].split("## ")[0]
+    cells = [line.strip("| ").split(" | ") for line in distances.splitlines() if line.startswith("| JPEG")]
+    assert {patches for _, _, _, patches, _ in cells} == {"2"}
+    values = [float(distance) for *_, distance in cells]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0
+    assert "FID over" not in summary
+    assert "†" not in summary
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
@@ -310,6 +342,7 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "jpg"), 2, "'jpg'", "jpeg")
     assert_one_line(run("clric-bench", "run", "photo.png", "--lambda", "nan"), 2, "lambda is nan")
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "clric", "--vae", "x"), 1, "'x' is not known")
+    assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "clric", "--tune", "y"), 1, "'y' is not known")
     assert not (tmp_path / "results").exists()
 
 

@@ -54,11 +54,20 @@ def command() -> None:
 @click.option(
     "--lambda", "lambdas", type=float, multiple=True, default=DEFAULT_LAMBDAS, show_default=True, help="Of clric."
 )
+@click.option(
+    "--tune",
+    "tunes",
+    metavar="NAME|none",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="Of clric: image decoder to train through; again for several, as in --tune auto --tune none.",
+)
 @click.option("--models", type=_Folder, help="Folder in which to look for VAEs first.")
 @click.option(
     "--metrics",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of weights of LPIPS and FID.",
+    help="Folder of weights of LPIPS, DISTS and FID.",
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes, of one thread each.")
 def run_bench(
@@ -68,6 +77,7 @@ def run_bench(
     vaes: tuple[str, ...],
     presets: tuple[str, ...],
     lambdas: tuple[float, ...],
+    tunes: tuple[str, ...],
     models: Path | None,
     metrics: Path | None,
     jobs: int,
@@ -85,7 +95,7 @@ def run_bench(
     def work() -> bool:
         found = list_images(images)
         with _libraries():
-            codecs = make_codecs(names or CODECS, vaes, presets, lambdas, str(models) if models else None)
+            codecs = make_codecs(names or CODECS, vaes, presets, lambdas, str(models) if models else None, tunes)
             from .report import write_report
             from .run import find_metrics, run
         failures: list[tuple[str, str]] = []

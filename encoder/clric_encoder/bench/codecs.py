@@ -34,7 +34,8 @@ class Codec:
     name: what a reader sees; unique. settings: from the lowest rate to the highest. version: of everything that
     decides on what comes out.
     open_encoder: gives the function (H x W x 3 uint8, setting) -> bytes; open_decoder: bytes -> H x W x 3 uint8.
-    vae, models: of clric, and where its weights are. coded: False where the bytes are a latent as it is, no rate.
+    vae, models: of clric, and where its weights are. tune: of clric's streams, the image decoder that they are trained
+    through, or none. coded: False where the bytes are a latent as it is, no rate.
     seconds: roughly what an encode of 768 x 512 takes, for the time left. unavailable: why it cannot run, or None.
     """
 
@@ -45,6 +46,7 @@ class Codec:
     open_decoder: Callable[[], Decode]
     vae: str | None = None
     models: str | None = None
+    tune: str | None = None
     coded: bool = True
     seconds: float = 0.5
     unavailable: str | None = None
@@ -130,8 +132,10 @@ def _register_jpeg_xl() -> None:
 # --- clric ----------------------------------------------------------------------------------------------------------
 
 
-def _clric_codecs(vae: str, presets: Sequence[str], lambdas: Sequence[float], models: str | None) -> list[Codec]:
-    """One codec for each preset, and the VAE's ceiling: its latent, not coded.
+def _clric_codecs(
+    vae: str, presets: Sequence[str], lambdas: Sequence[float], models: str | None, tunes: Sequence[str]
+) -> list[Codec]:
+    """One codec for each preset and each way of tuning, and the VAE's ceiling: its latent, not coded.
 
     Raises ModelError for a VAE that clric does not know; one whose weights are missing is unavailable.
     """
@@ -141,20 +145,32 @@ def _clric_codecs(vae: str, presets: Sequence[str], lambdas: Sequence[float], mo
         version = f"clric {installed('clric')} {_source_hash()}, {vae} {_vae_hash(vae, models)}"
     except ModelError as error:
         missing = str(error)
-    codecs = [
-        Codec(
-            f"clric {vae} {preset}",
-            tuple(f"lambda {lmbda:g}" for lmbda in sorted(lambdas, reverse=True)),
-            version,
-            partial(_open_clric_encoder, vae, preset, models),
-            partial(_open_clric_decoder, vae, models),
-            vae,
-            models,
-            seconds=_training_seconds(preset),
-            unavailable=missing,
-        )
-        for preset in presets
-    ]
+    codecs: dict[str, Codec] = {}
+    for preset in presets:
+        for tune in tunes:
+            tune = _decoder_of_auto(tune, vae, preset)
+            label, tuned_version, why = tune, version, missing
+            if tune != "none" and not missing:
+                try:
+                    label, digest = _tuning_hash(tune, find_autoencoder(vae).space, models)
+                    tuned_version += f", tuned through {label} {digest}"
+                except ModelError as error:
+                    why = str(error)
+            # The name says what is measured: a default of clric-enc may become another one.
+            suffix = "untuned" if label == "none" else "tuned" if label == vae else f"tuned through {label}"
+            name = f"clric {vae} {preset} {suffix}"
+            codecs[name] = Codec(
+                name,
+                tuple(f"lambda {lmbda:g}" for lmbda in sorted(lambdas, reverse=True)),
+                tuned_version,
+                partial(_open_clric_encoder, vae, preset, models, tune),
+                partial(_open_clric_decoder, vae, models),
+                vae,
+                models,
+                label,
+                seconds=_training_seconds(preset, tune != "none"),
+                unavailable=why,
+            )
     ceiling = Codec(
         f"{vae} ceiling",
         ("latent not coded",),
@@ -167,13 +183,27 @@ def _clric_codecs(vae: str, presets: Sequence[str], lambdas: Sequence[float], mo
         seconds=2.0,
         unavailable=missing,
     )
-    return [*codecs, ceiling]
+    return [*codecs.values(), ceiling]
 
 
-def _training_seconds(preset: str) -> float:
+def _decoder_of_auto(tune: str, vae: str, preset: str) -> str:
+    """What `clric_encoder.encoding.load_tuning` takes for ``auto``, so that two ways to say the same are one codec.
+
+    Raises ModelError for a name that is not known.
+    """
+    from ..encoding import DEFAULT_TUNE
+
+    if tune not in ("auto", "none") and not tune.endswith(".onnx"):
+        return find_autoencoder(tune).name
+    if tune != "auto":
+        return tune
+    return "none" if preset == "paper" else DEFAULT_TUNE.get(find_autoencoder(vae).space, "none")
+
+
+def _training_seconds(preset: str, tuned: bool) -> float:
     from ..training.presets import PRESETS
 
-    return 3 + 0.005 * PRESETS[preset].iterations
+    return 3 + 0.005 * PRESETS[preset].iterations + 0.15 * PRESETS[preset].tuning.looks * tuned
 
 
 def _source_hash() -> str:
@@ -181,9 +211,9 @@ def _source_hash() -> str:
     packages = [Path(clric_decoder.__file__).parent, Path(__file__).parent.parent]
     digest = hashlib.sha256()
     for package in packages:
-        # Not the files in folders (this bench, weights), nor the command line.
-        for file in sorted(package.glob("*.py")):
-            if file.name not in ("cli.py", "terminal.py"):
+        # Not this bench, nor the command line.
+        for file in sorted(package.rglob("*.py")):
+            if file.name not in ("cli.py", "terminal.py") and file.parent != Path(__file__).parent:
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:8]
 
@@ -200,6 +230,23 @@ def _vae_hash(vae: str, models: str | None) -> str:
     return digest.hexdigest()[:8]
 
 
+def _tuning_hash(tune: str, space: str, models: str | None) -> tuple[str, str]:
+    """The name of the image decoder, and a hash of what decides on the tuning: its weights and the features'.
+
+    Raises ModelError, also for a decoder of another latent space.
+    """
+    from ..networks import load_decoder_network
+    from ..training.features import WEIGHTS
+
+    network = load_decoder_network(tune, models)
+    if network.space != space:
+        raise ModelError(f"--tune {tune} decodes the latent space {network.space}, and the latent is of {space}")
+    digest = hashlib.sha256(WEIGHTS.read_bytes())
+    for weight in network.module.state_dict().values():
+        digest.update(weight.contiguous().numpy().tobytes())
+    return network.name, digest.hexdigest()[:8]
+
+
 def load_latent_encoder(vae: str, models: str | None) -> Any:
     """clric_encoder's ImageEncoder of a VAE. Raises ModelError."""
     # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
@@ -209,15 +256,22 @@ def load_latent_encoder(vae: str, models: str | None) -> Any:
     return load_encoder(vae, models)
 
 
-def _open_clric_encoder(vae: str, preset: str, models: str | None) -> Encode:
+def _open_clric_encoder(vae: str, preset: str, models: str | None, tune: str) -> Encode:
     encoder = load_latent_encoder(vae, models)
-    from ..encoding import encode_latent
+    from ..encoding import check_latent, encode_latents, load_tuning
+    from ..rate import Rate
+
+    tuning = load_tuning(tune, encoder.space, preset, models=models)
 
     def encode(image: np.ndarray, setting: str) -> bytes:
         height, width, _ = image.shape
-        lmbda = float(setting.removeprefix("lambda "))
+        rate = Rate(float(setting.removeprefix("lambda ")))
         latent = encoder.encode(image)
-        return encode_latent(latent, width=width, height=height, space=encoder.space, lmbda=lmbda, preset=preset)
+        check_latent(latent, width, height, encoder.space)
+        (encoded,) = encode_latents(
+            latent[None], [(width, height)], encoder.space, rate, preset=preset, tuning=tuning, images=[image]
+        )
+        return encoded.data
 
     return encode
 
@@ -342,14 +396,24 @@ CODECS = ("clric", *_FORMATS, *_ZOO)
 
 
 def make_codecs(
-    names: Sequence[str], vaes: Sequence[str], presets: Sequence[str], lambdas: Sequence[float], models: str | None
+    names: Sequence[str],
+    vaes: Sequence[str],
+    presets: Sequence[str],
+    lambdas: Sequence[float],
+    models: str | None,
+    tunes: Sequence[str] = ("auto",),
 ) -> list[Codec]:
-    """The codecs of these names (of `CODECS`), clric's once for each VAE and preset. Raises ModelError."""
+    """The codecs of these names (of `CODECS`), clric's once for each VAE, preset and tuning. Raises ModelError.
+
+    tunes: each as clric_encoder.encode takes it.
+    """
     codecs = []
     for name in dict.fromkeys(names):
         if name == "clric":
             for vae in dict.fromkeys(vaes):
-                codecs += _clric_codecs(vae, tuple(dict.fromkeys(presets)), tuple(dict.fromkeys(lambdas)), models)
+                codecs += _clric_codecs(
+                    vae, tuple(dict.fromkeys(presets)), tuple(dict.fromkeys(lambdas)), models, tunes
+                )
         else:
             codecs.append(_pillow_codec(name) if name in _FORMATS else _zoo_codec(name))
     return codecs

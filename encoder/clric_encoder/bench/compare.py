@@ -3,7 +3,7 @@
 Rate is bpp of real files. Which rows are clric's and which are a VAE's ceiling can be seen from their cells.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import bjontegaard
@@ -13,10 +13,18 @@ from .results import Row, number
 
 # Columns that can be averaged over images.
 MEASURES = (
-    "bytes", "bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze", "latent_mse",
+    "bytes", "bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze", "dists", "ssimulacra2",
+    "latent_mse",
     "header_bytes", "network_bytes", "grid_bytes", "function_mac", "decoder_mac",
     "encode_s", "decode_s",
 )  # fmt: skip
+
+# Measures of quality, in the order in which they are shown among those that nothing was trained on, and among others.
+QUALITIES = (
+    "dists", "ssimulacra2", "lpips_alex", "lpips_vgg", "lpips_squeeze", "ms_ssim", "psnr", "ssim",
+)  # fmt: skip
+
+LOWER_IS_BETTER = ("dists", "lpips_alex", "lpips_vgg", "lpips_squeeze")
 
 # Two curves of which less than this share of the tested codec's range has a counterpart are not compared.
 MIN_OVERLAP = 0.25
@@ -43,6 +51,13 @@ def is_ceiling(row: Row) -> bool:
     return not row["bytes"]
 
 
+def vae_of(row: Row) -> str | None:
+    """The VAE whose image decoder a row shows; None for other codecs than clric and the ceilings."""
+    if is_clric(row):
+        return row["codec"].split()[1]
+    return row["codec"].removesuffix(" ceiling") if is_ceiling(row) else None
+
+
 def codecs(rows: Iterable[Row]) -> list[str]:
     """Names in the order in which they are shown: clric's, the ceilings, all others."""
     first: dict[str, Row] = {}
@@ -51,12 +66,14 @@ def codecs(rows: Iterable[Row]) -> list[str]:
     return sorted(first, key=lambda name: 0 if is_clric(first[name]) else 1 if is_ceiling(first[name]) else 2)
 
 
-def lpips_column(rows: Sequence[Row]) -> str | None:
-    """The LPIPS that is shown: the first network, in the order of the LPIPS paper, that most rows have."""
-    columns = ("lpips_alex", "lpips_vgg", "lpips_squeeze")
-    counts = {column: sum(bool(row[column]) for row in rows) for column in columns}
-    best = max(counts, key=lambda column: counts[column])
-    return best if counts[best] else None
+def qualities(rows: Sequence[Row], trained: Mapping[str, frozenset[str]]) -> list[str]:
+    """The measures of quality that there are, those first that no codec was trained on (``trained``: by codec).
+
+    Of these, those first that no row lacks, so that what stands first is of all codecs.
+    """
+    columns = [column for column in QUALITIES if any(row[column] for row in rows)]
+    marked = set().union(*trained.values())
+    return sorted(columns, key=lambda column: (column in marked, not all(row[column] for row in rows)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,7 @@ class BdRate:
 def bd_rate(tested: Iterable[Row], anchor: Iterable[Row], measure: str) -> BdRate:
     """Bjontegaard's delta rate for each image on which both have the measure, then averaged.
 
-    measure: a column; of lpips_* lower is better. Interpolation is pchip (monotone, piecewise cubic) of log rate over
+    measure: a column; see `LOWER_IS_BETTER`. Interpolation is pchip (monotone, piecewise cubic) of log rate over
     the measure, over the range that both curves cover; nothing is extrapolated.
     """
     curves = [_curves(rows, measure) for rows in (tested, anchor)]
@@ -180,7 +197,7 @@ def bd_rate(tested: Iterable[Row], anchor: Iterable[Row], measure: str) -> BdRat
 
 def _curves(rows: Iterable[Row], measure: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each image (rates, qualities), both rising: a point that costs more and is no better is left out."""
-    sign = -1 if measure.startswith("lpips") else 1
+    sign = -1 if measure in LOWER_IS_BETTER else 1
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         rate, value = number(row, "bpp"), number(row, measure)

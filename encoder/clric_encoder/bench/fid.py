@@ -1,5 +1,8 @@
 """FID (Heusel et al., 2017) over patches: features of decoded images, and how far they are from the originals'.
 
+`frechet_distance` is FD-VGG16's too, whose features are vgg.py's: another number, on another scale, which must not be
+called FID.
+
 Patches are cut without overlap from the image's top left corner; what remains at the right and at the bottom is left.
 """
 

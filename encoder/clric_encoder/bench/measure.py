@@ -5,6 +5,7 @@ process that measures memory passes through the modules above only.
 """
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from clric_decoder import ClricError, decode_latent, read_header
+from clric_decoder.files import write_output
 from clric_decoder.image import read_image, write_image
 from clric_decoder.networks import mac_per_pixel
 from PIL import Image
@@ -26,6 +28,9 @@ from .workers import timed, timed_alone
 # The side of the crops in the report, which are shown pixel by pixel.
 CROP = 300
 _CROP_STEP = 20
+
+# Folders beside results.csv that hold the features of patches.
+FID, FD_VGG16 = "fid", "fd_vgg16"
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,25 @@ class Photo:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Which measures there are weights for: LPIPS networks with their files, and the Inception network of FID."""
+    """Which measures can be taken, by their files.
+
+    lpips: networks, each with its own and its heads. inception: the network of FID. vgg: VGG16 with the heads of LPIPS,
+    for LPIPS-VGG and FD-VGG16, and with dists, the weights of that, for DISTS. ssimulacra2: its package is there.
+    """
 
     lpips: tuple[tuple[str, Path, Path], ...]
     inception: Path | None
+    vgg: Path | None = None
+    dists: Path | None = None
+    ssimulacra2: bool = False
 
     @property
     def names(self) -> str:
         """For a row's id."""
-        return " ".join([f"lpips_{network}" for network, _, _ in self.lpips] + ["fid"] * bool(self.inception))
+        names = [f"lpips_{network}" for network, _, _ in self.lpips] + ["fid"] * bool(self.inception)
+        if self.vgg:
+            names += ["lpips_vgg", "fd_vgg16"] + ["dists"] * bool(self.dists)
+        return " ".join(names + ["ssimulacra2"] * self.ssimulacra2)
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,11 @@ def measure(task: Task) -> Row:
         raise ClricError(f"{task.codec.name} gives {decoded.shape} for an image of {image.shape}")
     from .metrics import compare
 
-    measures, notes = compare(image, decoded, dict(_lpips(task.metrics)))
+    measures, notes = compare(image, decoded, dict(_lpips(task.metrics)), task.metrics.ssimulacra2)
+    if task.metrics.vgg:
+        values, why = _by_vgg(task, image, decoded)
+        measures |= values
+        notes += why
     measures |= {"encode_s": encode_s, "decode_s": decode_s}
     if encode_mb is not None and decode_mb is not None:
         measures |= {"encode_mb": encode_mb, "decode_mb": decode_mb}
@@ -135,6 +154,7 @@ def measure(task: Task) -> Row:
         "codec": task.codec.name,
         "setting": task.setting,
         "version": task.codec.version,
+        "tune": task.codec.tune or "",
         "measured": task.metrics.names,
         **{name: f"{value:.7g}" for name, value in measures.items()},
         "notes": "; ".join(notes),
@@ -157,6 +177,26 @@ def _of_stream(task: Task, data: bytes, image: np.ndarray) -> dict[str, float]:
     }
 
 
+def _by_vgg(task: Task, image: np.ndarray, decoded: np.ndarray) -> tuple[dict[str, float], list[str]]:
+    """The measures by VGG16's features and notes; writes both images' features for FD-VGG16 beside results.csv."""
+    from .metrics import LPIPS_SIDES
+    from .vgg import VggJudge
+
+    metrics = task.metrics
+    assert metrics.vgg is not None
+    if min(image.shape[:2]) < LPIPS_SIDES["vgg"]:
+        return {}, [f"too small for LPIPS vgg and DISTS (sides of {LPIPS_SIDES['vgg']})"]
+    judge = _once(("vgg", f"{metrics.vgg} {metrics.dists}"), partial(VggJudge, metrics.vgg, metrics.dists))
+    result = judge.compare(image, decoded)
+    for name, features in ((task.photo.sha256, result.original_patches), (task.id, result.patches)):
+        file = io.BytesIO()
+        np.save(file, features)
+        (task.folder / FD_VGG16).mkdir(exist_ok=True)
+        # Several processes may write an original's, each the whole file.
+        write_output(task.folder / FD_VGG16 / f"{name}.npy", file.getvalue())
+    return result.values, []
+
+
 def _keep(task: Task, decoded: np.ndarray) -> None:
     """What the report needs of the decoded image, beside results.csv: a crop, and the features for FID."""
     if task.keep_crop:
@@ -177,8 +217,8 @@ def keep_features(folder: Path, name: str, image: np.ndarray, inception: Path) -
     import torch
 
     network = _once(("inception", str(inception)), lambda: torch.jit.load(str(inception)).eval())
-    (folder / "fid").mkdir(exist_ok=True)
-    np.save(folder / "fid" / f"{name}.npy", fid_features(image, network).astype(np.float32))
+    (folder / FID).mkdir(exist_ok=True)
+    np.save(folder / FID / f"{name}.npy", fid_features(image, network).astype(np.float32))
 
 
 def crop_place(image: np.ndarray) -> tuple[int, int]:

@@ -1,10 +1,11 @@
-"""How near a decoded image is to the original: PSNR, SSIM, MS-SSIM, LPIPS.
+"""How near a decoded image is to the original: PSNR, SSIM, MS-SSIM, LPIPS, SSIMULACRA2. See vgg.py for DISTS.
 
 Images come in as H x W x 3 uint8. What an image is too small for, or what no weights are there for, is left out and
 said. SSIM and MS-SSIM are pytorch-msssim's, which the published figures of learned codecs were measured with, and
 which looks at whole windows only, as their authors do; torchmetrics pads the image first, and differs by up to 0.003.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clric_decoder.errors import ModelError, one_line
+from PIL import Image
 from pytorch_msssim import ms_ssim, ssim
 from torch import Tensor, nn
 
@@ -20,16 +22,23 @@ from torch import Tensor, nn
 SSIM_SIDE = 11
 MS_SSIM_SIDE = 161
 
-# The smallest side that LPIPS's networks take.
+# Of a smaller image SSIMULACRA2 lacks the last of its six scales, and weighs the others by weights of other scales.
+SSIMULACRA2_SIDE = 225
+
+# VGG16 with LPIPS' heads in one file (clric_encoder/training/features.py): see vgg.py.
+VGG_FILE = "vgg16_lpips.npz"
+
+# The smallest side that LPIPS's networks take; of DISTS, VGG16's.
 LPIPS_SIDES = {"alex": 63, "vgg": 32, "squeeze": 32}
 
 
 def compare(
-    original: np.ndarray, decoded: np.ndarray, lpips: Mapping[str, "Lpips"]
+    original: np.ndarray, decoded: np.ndarray, lpips: Mapping[str, "Lpips"], with_ssimulacra2: bool = False
 ) -> tuple[dict[str, float], list[str]]:
     """All measures of two images of one size by column name, and notes on those that are left out.
 
     psnr: dB, of RGB, inf for equal images. ssim, ms_ssim: of RGB, up to 1. lpips_NETWORK: 0 for equal images.
+    ssimulacra2: 100 for equal images, negative for bad ones.
     """
     side = min(original.shape[:2])
     difference = original.astype(np.float64) - decoded
@@ -49,7 +58,27 @@ def compare(
                 measures[f"lpips_{network}"] = float(distance(a / 255, b / 255))
             else:
                 notes.append(f"too small for LPIPS {network} (sides of {LPIPS_SIDES[network]})")
+    if with_ssimulacra2:
+        if side >= SSIMULACRA2_SIDE:
+            measures["ssimulacra2"] = ssimulacra2(original, decoded)
+        else:
+            notes.append(f"too small for SSIMULACRA2 (sides of {SSIMULACRA2_SIDE})")
     return measures, notes
+
+
+def ssimulacra2(original: np.ndarray, decoded: np.ndarray) -> float:
+    """SSIMULACRA2 2.1 by the package ssimulacra2, a port of the original to numpy, in float64.
+
+    Takes about 550 bytes for each pixel.
+    """
+    from ssimulacra2 import compute_ssimulacra2  # type: ignore[import-untyped]
+
+    # The package takes whatever Pillow opens, files in memory too.
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, image in zip(files, (original, decoded), strict=True):
+        Image.fromarray(image).save(file, "bmp")
+        file.seek(0)
+    return float(compute_ssimulacra2(*files))
 
 
 def _alex() -> nn.Sequential:
@@ -142,11 +171,12 @@ class Lpips(nn.Module):
         for index, layer in enumerate(self._layers):
             x, y = layer(x), layer(y)
             if index in self._taps:
-                distance = distance + F.conv2d((_normalize(x) - _normalize(y)).square(), next(heads)).mean()
+                distance = distance + F.conv2d((unit_length(x) - unit_length(y)).square(), next(heads)).mean()
         return distance
 
 
-def _normalize(features: Tensor) -> Tensor:
+def unit_length(features: Tensor) -> Tensor:
+    """Features [N, C, h, w] over their length at each position, as LPIPS compares them."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
@@ -162,13 +192,16 @@ def find_lpips(folder: Path | None) -> dict[str, tuple[Path, Path]]:
     """The files (network, heads) of every network whose weights lie in a folder.
 
     The network is torchvision's, as .pth or .npz (alexnet*, vgg16*, squeezenet1_1*); the heads are those of
-    richzhang/PerceptualSimilarity, lpips/weights/v0.1/alex.pth, or named lpips_v0.1_alex_heads.pth.
+    richzhang/PerceptualSimilarity, lpips/weights/v0.1/alex.pth, or named lpips_v0.1_alex_heads.pth. The file that
+    holds both of VGG16 is vgg.py's and not among them.
     """
     found: dict[str, tuple[Path, Path]] = {}
     if folder is None:
         return found
     for network, name in LPIPS_BACKBONES.items():
-        backbones = sorted(path for path in folder.glob(f"{name}*") if path.suffix in (".pth", ".npz"))
+        backbones = sorted(
+            path for path in folder.glob(f"{name}*") if path.suffix in (".pth", ".npz") and path.name != VGG_FILE
+        )
         heads = [folder / f"lpips_v0.1_{network}_heads.pth", folder / f"{network}.pth"]
         heads = [path for path in heads if path.is_file()]
         if backbones and heads:

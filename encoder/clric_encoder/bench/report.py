@@ -7,7 +7,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,15 +29,20 @@ from .compare import (
     is_ceiling,
     is_clric,
     latest,
-    lpips_column,
     means,
     nearest,
+    qualities,
+    vae_of,
 )
 from .fid import FID_PATCH, frechet_distance
-from .measure import CROP, Photo
+from .marks import MARK, explanation, mark, trained_on
+from .measure import CROP, FD_VGG16, FID, Photo
 from .results import Row, read_rows
 
 _DASH = "–"
+
+# Codec -> the measures that it was trained on.
+_Trained = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -98,27 +103,28 @@ def write_report(folder: Path) -> None:
         raise ClricError(f"{folder / 'results.csv'}: holds no results to report")
     shared = common(rows)
     points = means(shared.rows)
-    lpips = lpips_column(rows)
+    trained = trained_on(rows)
+    measures = qualities(rows, trained)
     kodak = all(
         row["image"].startswith("kodim") and {row["width"], row["height"]} == {"768", "512"} for row in shared.rows
     )
     over = f"Means over the same {_images(len(shared.images))}"
     tables = [
         _compared(rows, run),
-        _bd_rates(rows, lpips),
-        _means(points, over),
-        _ceilings(rows, points, lpips, over),
+        _bd_rates(rows, measures, trained),
+        _means(points, over, measures, trained),
+        _ceilings(rows, points, over, measures, trained),
         _shares(points, over),
         _costs(rows, shared.rows, over),
         _paper_table(),
         _fid(shared, points, folder),
+        _fd_vgg16(shared, points, folder, trained),
     ]
-    text = [*_introduction(rows, shared, run), *(_markdown(table) for table in tables if table.rows)]
+    text = [*_introduction(rows, shared, run, measures, trained), *(_markdown(table) for table in tables if table.rows)]
     text.append("## How it was measured\n\n" + "\n".join(f"- {line}" for line in _protocol(rows)))
     text += ["## What failed\n\n" + "\n".join(f"- {line}" for line in run.failures)] if run.failures else []
     write_output(folder / "summary.md", ("\n\n".join(text) + "\n").encode())
 
-    measures = [measure for measure in (lpips, "ms_ssim", "psnr", "ssim") if measure]
     plots = []
     for measure in measures:
         if any(measure in point.values for point in points):
@@ -128,12 +134,12 @@ def write_report(folder: Path) -> None:
                 about += (
                     " Grey: published for all 24 images of Kodak, not measured here (published.csv has the sources)."
                 )
-            svg = pictures.plot(rows, points, measure, folder, has_published)
-            plots.append(Picture(pictures.LABELS[measure].split(" (")[0], about, "svg+xml", svg))
-    crops = [_sheet(rows, photo, lpips, folder) for photo in run.photos]
-    strip = [_strip(rows, photo, lpips, folder) for photo in run.photos][:1]
+            svg = pictures.plot(rows, points, measure, folder, has_published, trained)
+            plots.append(Picture(_label(measure), about, "svg+xml", svg))
+    crops = [_sheet(rows, photo, folder, measures, trained) for photo in run.photos]
+    strip = [_strip(rows, photo, folder, measures, trained) for photo in run.photos][:1]
     blocks = [
-        *("<p>" + html.escape(line) + "</p>" for line in _introduction(rows, shared, run)[1:]),
+        *("<p>" + html.escape(line) + "</p>" for line in _introduction(rows, shared, run, measures, trained)[1:]),
         *(_html(item) for item in (tables[0], *plots, tables[1], *crops, *strip, *tables[2:]) if item),
         "<h2>How it was measured</h2><ul>"
         + "".join(f"<li>{html.escape(line)}</li>" for line in _protocol(rows))
@@ -154,7 +160,22 @@ def _images(count: int) -> str:
     return f"{count} images" if count > 1 else "one image"
 
 
-def _introduction(rows: Sequence[Row], shared: Common, run: Run) -> list[str]:
+def _label(measure: str) -> str:
+    return pictures.LABELS[measure].split(" (")[0]
+
+
+def _is_unmarked(measure: str, trained: _Trained) -> bool:
+    return not any(measure in measures for measures in trained.values())
+
+
+def _about_marks(lines: Iterable[Sequence[str]]) -> str:
+    """What a table's own text says of its marks, if it has any."""
+    return f" {MARK}: trained on this measure." if any(MARK in cell for line in lines for cell in line) else ""
+
+
+def _introduction(
+    rows: Sequence[Row], shared: Common, run: Run, measures: Sequence[str], trained: _Trained
+) -> list[str]:
     names = sorted({row["image_sha256"]: row["image"] for row in rows}.values())
     sizes = sorted({f"{row['width']} x {row['height']}" for row in rows})
     means_of = f"over the {_images(len(names))}"
@@ -172,6 +193,14 @@ def _introduction(rows: Sequence[Row], shared: Common, run: Run) -> list[str]:
             f" Not measured on all of these, and therefore not among the means: {', '.join(shared.left_out)}. BD-rates "
             "and crops go image by image, and take what there is."
         )
+    marks = explanation(rows)
+    if marks:
+        lines.append(marks)
+        if not any(_is_unmarked(measure, trained) for measure in measures):
+            lines.append(
+                "Something here was trained on each of the measures that were taken: nothing below is a fair "
+                "comparison of all codecs. Install clric[bench] and give --metrics DIR for others."
+            )
     return lines
 
 
@@ -187,8 +216,7 @@ def _number(value: float | None, digits: int) -> str:
     return _DASH if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def _bd_rates(rows: Sequence[Row], lpips: str | None) -> Table:
-    measures = [measure for measure in (lpips, "ms_ssim", "psnr") if measure]
+def _bd_rates(rows: Sequence[Row], measures: Sequence[str], trained: _Trained) -> Table:
     by_codec = {name: [row for row in rows if row["codec"] == name] for name in codecs(rows)}
     clric = [name for name, members in by_codec.items() if is_clric(members[0])]
     lines = []
@@ -200,60 +228,70 @@ def _bd_rates(rows: Sequence[Row], lpips: str | None) -> Table:
             for measure in measures:
                 bd = bd_rate(by_codec[name], members, measure)
                 percent = bd.reason if bd.percent is None else f"{bd.percent:+,.0f} %"
+                percent += mark([trained[name], trained[anchor]], measure) if bd.percent is not None else ""
                 cells.append(f"{percent} ({bd.images}/{bd.of})" if bd.of else percent)
             lines.append((name, anchor, *cells))
     return Table(
         "BD-rates",
         "How many percent more rate (less is negative, and better) clric needs for the same quality: computed for each "
         "image, then averaged. In brackets: over how many images, those on which the two curves overlap, of how many "
-        "that both were measured on. Averages over different images do not compare with each other.",
-        ("codec", "compared with", *(pictures.LABELS[measure].split(" (")[0] for measure in measures)),
+        "that both were measured on. Averages over different images do not compare with each other."
+        + (f" {MARK}: one of the two was trained on this measure." if MARK in str(lines) else ""),
+        ("codec", "compared with", *map(_label, measures)),
         lines,
     )
 
 
-def _means(points: Sequence[Mean], over: str) -> Table:
-    columns: list[tuple[str, str, int]] = [("bytes", "bytes", 0), ("bpp", "bpp", 4), ("psnr", "PSNR", 2)]
-    columns += [("ssim", "SSIM", 4), ("ms_ssim", "MS-SSIM", 4)]
-    columns += [
-        (name, name.replace("lpips_", "LPIPS "), 4)
-        for name in ("lpips_alex", "lpips_vgg", "lpips_squeeze")
-        if any(name in point.values for point in points)
-    ]
+# Digits behind the point.
+_DIGITS = {"psnr": 2, "ssimulacra2": 2}
+
+
+def _value(values: Mapping[str, float], measure: str, digits: int, measures: frozenset[str]) -> str:
+    """A mean with its mark. measures: that its codec was trained on."""
+    return _number(values.get(measure), digits) + (mark([measures], measure) if measure in values else "")
+
+
+def _means(points: Sequence[Mean], over: str, measures: Sequence[str], trained: _Trained) -> Table:
+    columns = [("bytes", "bytes", 0), ("bpp", "bpp", 4)]
+    columns += [(name, _label(name), _DIGITS.get(name, 4)) for name in measures]
     columns += [("latent_mse", "latent MSE", 4), ("encode_s", "encode, s", 2), ("decode_s", "decode, s", 3)]
+    lines = [
+        (
+            point.codec,
+            point.setting,
+            *(_value(point.values, name, digits, trained[point.codec]) for name, _, digits in columns),
+        )
+        for point in points
+    ]
     return Table(
         "All means",
-        f"{over}, at each setting. Rates are sizes of files.",
+        f"{over}, at each setting. Rates are sizes of files.{_about_marks(lines)}",
         ("codec", "setting", *(label for _, label, _ in columns)),
-        [
-            (
-                point.codec,
-                point.setting,
-                *(_number(point.values.get(name), digits) for name, _, digits in columns),
-            )
-            for point in points
-        ],
+        lines,
     )
 
 
-def _ceilings(rows: Sequence[Row], points: Sequence[Mean], lpips: str | None, over: str) -> Table:
-    columns = [("psnr", 2), ("ssim", 4), ("ms_ssim", 4), *([(lpips, 4)] if lpips else [])]
-    values = {point.codec: point.values for point in points}
-    vaes = dict.fromkeys(
-        row["codec"].removeprefix("clric ").split()[0] for row in rows if is_clric(row) or is_ceiling(row)
-    )
-    return Table(
-        "Ceilings",
-        f"{over}, of each VAE alone, its latent not coded: what clric comes to with it as the rate grows.",
-        ("VAE", "", *(pictures.LABELS[name].split(" (")[0] for name, _ in columns)),
-        [
+def _ceilings(
+    rows: Sequence[Row], points: Sequence[Mean], over: str, measures: Sequence[str], trained: _Trained
+) -> Table:
+    by_codec = {point.codec: point.values for point in points}
+    lines = []
+    for vae in dict.fromkeys(vae for row in rows if (vae := vae_of(row))):
+        name = f"{vae} ceiling"
+        values, its = by_codec.get(name, {}), trained.get(name, frozenset())
+        lines.append(
             (
                 vae,
-                "latent not coded" if f"{vae} ceiling" in values else "not measured on all of them",
-                *(_number(values.get(f"{vae} ceiling", {}).get(name), digits) for name, digits in columns),
+                "latent not coded" if name in by_codec else "not measured on all of them",
+                *(_value(values, measure, _DIGITS.get(measure, 4), its) for measure in measures),
             )
-            for vae in vaes
-        ],
+        )
+    return Table(
+        "Ceilings",
+        f"{over}, of each VAE alone, its latent not coded: what clric, untuned, comes to as the rate grows."
+        + _about_marks(lines),
+        ("VAE", "", *map(_label, measures)),
+        lines,
     )
 
 
@@ -333,10 +371,46 @@ def _paper_table() -> Table:
 
 
 def _fid(shared: Common, points: Sequence[Mean], folder: Path) -> Table:
-    lines: list[tuple[str, ...]] = []
+    return Table(
+        f"FID over {FID_PATCH} x {FID_PATCH} patches",
+        f"Patches without overlap (stride {FID_PATCH}) from the top left corner of each of the same "
+        f"{_images(len(shared.images))}, decoded against original. With fewer than some thousand patches FID is "
+        "biased: compare its values here with each other only.",
+        ("codec", "setting", "bpp", "patches", "FID"),
+        [
+            (point.codec, point.setting, _number(point.values.get("bpp"), 4), str(count), _number(distance, 2))
+            for point, count, distance in _frechet(shared, points, folder / FID)
+        ],
+    )
+
+
+def _fd_vgg16(shared: Common, points: Sequence[Mean], folder: Path, trained: _Trained) -> Table:
+    lines: list[tuple[str, ...]] = [
+        (
+            point.codec,
+            point.setting,
+            _number(point.values.get("bpp"), 4),
+            str(count),
+            _value({"fd_vgg16": distance}, "fd_vgg16", 2, trained[point.codec]),
+        )
+        for point, count, distance in _frechet(shared, points, folder / FD_VGG16)
+    ]
+    return Table(
+        f"FD-VGG16 over {FID_PATCH} x {FID_PATCH} patches",
+        "The Frechet distance of features of VGG16 (relu5_3, averaged over each patch, 512 numbers). It is not FID, "
+        "whose features are Inception's: the two do not compare. Patches as FID's, of the same "
+        f"{_images(len(shared.images))}, decoded against original. With fewer patches than some times 512 the "
+        f"covariances are poorly known and the value is biased: compare within this table only.{_about_marks(lines)}",
+        ("codec", "setting", "bpp", "patches", "FD-VGG16"),
+        lines,
+    )
+
+
+def _frechet(shared: Common, points: Sequence[Mean], folder: Path) -> Iterator[tuple[Mean, int, float]]:
+    """(point, number of patches, distance) of those points of whose images all features are there."""
     for point in points:
         pairs = [
-            (folder / "fid" / f"{row['image_sha256']}.npy", folder / "fid" / f"{row['id']}.npy")
+            (folder / f"{row['image_sha256']}.npy", folder / f"{row['id']}.npy")
             for row in shared.rows
             if (row["codec"], row["setting"]) == (point.codec, point.setting)
         ]
@@ -344,16 +418,7 @@ def _fid(shared: Common, points: Sequence[Mean], folder: Path) -> Table:
             continue
         originals, decoded = (np.concatenate([np.load(path) for path in paths]) for paths in zip(*pairs, strict=True))
         if len(decoded) >= 2:
-            cells = _number(point.values.get("bpp"), 4), str(len(decoded))
-            lines.append((point.codec, point.setting, *cells, _number(frechet_distance(originals, decoded), 2)))
-    return Table(
-        f"FID over {FID_PATCH} x {FID_PATCH} patches",
-        f"Patches without overlap (stride {FID_PATCH}) from the top left corner of each of the same "
-        f"{_images(len(shared.images))}, decoded against original. With fewer than some thousand patches FID is "
-        "biased: compare its values here with each other only.",
-        ("codec", "setting", "bpp", "patches", "FID"),
-        lines,
-    )
+            yield point, len(decoded), frechet_distance(originals.astype(np.float64), decoded.astype(np.float64))
 
 
 def _protocol(rows: Sequence[Row]) -> list[str]:
@@ -365,12 +430,15 @@ def _protocol(rows: Sequence[Row]) -> list[str]:
         "that it has to about 2 bpp, and is compared by curves (BD-rate) or at its setting of nearest rate (crops). A "
         "curve of a peer begins at the lowest rate that it has.",
         "PSNR: of all RGB values of 8 bits. SSIM and MS-SSIM: pytorch-msssim, on RGB, over whole windows of 11 x 11, "
-        "five scales. LPIPS: version 0.1, on the whole image. Latent MSE: between the VAE's latent and the stream's.",
+        "five scales. LPIPS: version 0.1, on the whole image. DISTS: on the whole image, not reduced to 256 "
+        "pixels, with the weights of dists-pytorch. SSIMULACRA2: package ssimulacra2, the original ported to Python. "
+        "VGG16's weights are rounded to 16 bits; large images go through it in tiles that see far enough beyond their "
+        "edges for the features to be the whole image's. Latent MSE: between the VAE's latent and the stream's.",
         "BD-rate: log rate interpolated over the measure by pchip (package bjontegaard), for each image, then the "
         "arithmetic mean of the percentages, over those of the images that both were measured on where the curves "
         "overlap. Points that cost more and are no better are left out. "
         f"'No overlap' where the curves share less than {100 * MIN_OVERLAP:.0f} % of clric's range of the measure: "
-        "nothing is extrapolated. LPIPS is negated.",
+        "nothing is extrapolated. LPIPS and DISTS are negated.",
         "Seconds: wall clock of one call, libraries and networks loaded, one thread for torch and the image formats; "
         "the VAE's decoder runs in onnxruntime on the CPU with as many threads as that takes. Where several jobs ran "
         "at once they slowed each other down.",
@@ -385,13 +453,23 @@ def _protocol(rows: Sequence[Row]) -> list[str]:
 # --- Crops ----------------------------------------------------------------------------------------------------------
 
 
-def _cell(row: Row, lpips: str | None, folder: Path) -> tuple[Path, str, str]:
+def _cell(row: Row, measure: str, folder: Path, trained: _Trained) -> tuple[Path, str, str]:
     rate = f"{float(row['bpp']):.3f} bpp" if row["bpp"] else row["setting"]
-    quality = f"LPIPS {float(row[lpips]):.3f}" if lpips and row[lpips] else f"{float(row['psnr']):.1f} dB"
+    digits = 1 if measure in _DIGITS else 3
+    quality = f"{_label(measure)} {float(row[measure]):.{digits}f}"
+    # In words: the font of the sheets has no sign for the mark.
+    quality += " (trained on it)" if measure in trained[row["codec"]] else ""
     return folder / "crops" / f"{row['id']}.png", row["codec"], f"{rate}, {quality}"
 
 
-def _sheet(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -> Picture | None:
+def _measure_of_crops(rows: Sequence[Row], measures: Sequence[str]) -> str:
+    """The first measure that all of the rows have, so that crops side by side have the same."""
+    return next(measure for measure in measures if all(row[measure] for row in rows))
+
+
+def _sheet(
+    rows: Sequence[Row], photo: Photo, folder: Path, measures: Sequence[str], trained: _Trained
+) -> Picture | None:
     """The original, clric at its middle setting, and all others at the nearest rate; None without crops."""
     original = folder / "crops" / f"{photo.sha256}.png"
     mine = [row for row in rows if row["image_sha256"] == photo.sha256]
@@ -401,9 +479,11 @@ def _sheet(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -
     if not original.is_file() or not coded:
         return None
     rate = float(first[len(first) // 2]["bpp"] if first else next(row["bpp"] for row in mine if row["bpp"]))
-    chosen = [nearest([row for row in mine if row["codec"] == name], rate) for name in coded]
+    nearests = (nearest([row for row in mine if row["codec"] == name], rate) for name in coded)
+    chosen = [row for row in nearests if row]
+    measure = _measure_of_crops(chosen, measures)
     cells = [(original, "original", photo.name)]
-    cells += [_cell(row, lpips, folder) for row in chosen if row]
+    cells += [_cell(row, measure, folder, trained) for row in chosen]
     place = folder / "crops" / f"sheet-{Path(photo.name).stem}.png"
     about = (
         "clric at the middle of its rates, every other codec at the nearest rate that was measured. Where that is far "
@@ -412,7 +492,9 @@ def _sheet(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -
     return _picture(f"Crops of {photo.name}", about, cells, place)
 
 
-def _strip(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -> Picture | None:
+def _strip(
+    rows: Sequence[Row], photo: Photo, folder: Path, measures: Sequence[str], trained: _Trained
+) -> Picture | None:
     """The first clric codec from its lowest to its highest rate, the ceiling, and the original."""
     original = folder / "crops" / f"{photo.sha256}.png"
     mine = [row for row in rows if row["image_sha256"] == photo.sha256]
@@ -420,8 +502,10 @@ def _strip(rows: Sequence[Row], photo: Photo, lpips: str | None, folder: Path) -
     if not original.is_file() or not clric:
         return None
     first = sorted((row for row in clric if row["codec"] == clric[0]["codec"]), key=lambda row: float(row["bpp"]))
-    ceiling = f"{clric[0]['codec'].split()[1]} ceiling"
-    cells = [_cell(row, lpips, folder) for row in [*first, *(row for row in mine if row["codec"] == ceiling)]]
+    ceiling = f"{vae_of(clric[0])} ceiling"
+    chosen = [*first, *(row for row in mine if row["codec"] == ceiling)]
+    measure = _measure_of_crops(chosen, measures)
+    cells = [_cell(row, measure, folder, trained) for row in chosen]
     cells.append((original, "original", photo.name))
     about = "One image at every rate, as in the paper's Figure 8; then the VAE's ceiling."
     return _picture("From the lowest to the highest rate", about, cells, folder / "strip.png")

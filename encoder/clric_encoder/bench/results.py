@@ -11,15 +11,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from clric_decoder.errors import ClricError
+from clric_decoder.files import write_output
 
 # Units: bpp bits of the file over image pixels; psnr dB; *_mac multiply-accumulates per image pixel; *_s seconds;
-# *_mb 10^6 bytes. A cell is empty where there is nothing to measure; notes say why where that may surprise.
+# *_mb 10^6 bytes. tune: the image decoder that clric trained through, or none; empty for other codecs. A cell is empty
+# where there is nothing to measure; notes say why where that may surprise.
 COLUMNS = (
-    "id", "image", "image_sha256", "width", "height", "codec", "setting", "version", "measured",
-    "bytes", "bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze", "latent_mse",
+    "id", "image", "image_sha256", "width", "height", "codec", "setting", "version", "tune", "measured",
+    "bytes", "bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "lpips_squeeze", "dists", "ssimulacra2",
+    "latent_mse",
     "header_bytes", "network_bytes", "grid_bytes", "function_mac", "decoder_mac",
     "encode_s", "decode_s", "encode_mb", "decode_mb", "notes",
 )  # fmt: skip
+
+# What files of clric 0.1's stream version 0 have not.
+_ADDED = {"tune", "dists", "ssimulacra2"}
 
 Row = dict[str, str]
 
@@ -33,19 +39,29 @@ def row_id(image_sha256: str, codec: str, setting: str, version: str, measured: 
 def read_rows(folder: Path) -> list[Row]:
     """The rows in a folder's results.csv, in their order; none where there is no such file.
 
-    A line that was cut (the power failed, say) is dropped. Raises ClricError for a file of other columns.
+    A line that was cut (the power failed, say) is dropped. In a file of an older clric-bench, what it did not measure
+    is empty, and clric was not tuned. Raises ClricError for a file of other columns.
     """
-    path = folder / "results.csv"
+    _, rows = _read(folder / "results.csv")
+    return rows
+
+
+def _read(path: Path) -> tuple[tuple[str, ...], list[Row]]:
+    """The header of a file and its rows, with all of `COLUMNS`."""
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
-        return []
+        return (), []
     except (OSError, UnicodeDecodeError) as error:
         raise ClricError(f"{path}: cannot be read ({error})") from error
     reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    if tuple(next(reader, ())) != COLUMNS:
+    header = tuple(next(reader, ()))
+    if header != tuple(column for column in COLUMNS if column in header or column not in _ADDED):
         raise ClricError(f"{path}: its columns are not those of this clric-bench; name another folder with -o")
-    return [dict(zip(COLUMNS, row, strict=True)) for row in reader if len(row) == len(COLUMNS)]
+    rows = [dict(zip(header, cells, strict=True)) for cells in reader if len(cells) == len(header)]
+    if "tune" not in header:
+        rows = [row | {"tune": "none" if row["function_mac"] else ""} for row in rows]
+    return header, [{column: row.get(column, "") for column in COLUMNS} for row in rows]
 
 
 class ResultsFile:
@@ -53,6 +69,7 @@ class ResultsFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "results.csv"
+        _give_all_columns(self._path)
         try:
             self._file = open(self._path, "ab+")  # noqa: SIM115  # open for as long as rows come
             self._file.seek(0)
@@ -79,6 +96,17 @@ class ResultsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _give_all_columns(path: Path) -> None:
+    """Writes a file of an older clric-bench again, with the columns that it has not."""
+    if not path.is_file() or b"\n" not in path.read_bytes():
+        return
+    header, rows = _read(path)
+    if header != COLUMNS:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *([row[c] for c in COLUMNS] for row in rows)])
+        write_output(path, text.getvalue().encode())
 
 
 def number(row: Row, column: str) -> float | None:

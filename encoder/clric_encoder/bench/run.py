@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from clric_decoder.errors import ClricError
@@ -25,9 +26,10 @@ from .measure import (
     measure,
     read_photo,
 )
-from .metrics import LPIPS_BACKBONES, find_lpips
+from .metrics import LPIPS_BACKBONES, VGG_FILE, find_lpips
 from .report import Run
 from .results import ResultsFile, Row, read_rows
+from .vgg import find_dists
 from .workers import TaskError, do_all
 
 # Photos of which the report shows crops: the first ones.
@@ -51,15 +53,28 @@ def find_metrics(folder: Path | None) -> tuple[Metrics, dict[str, str]]:
     """What the weights in a folder can measure, and why the rest cannot be."""
     lpips = find_lpips(folder)
     where = f"in {folder}" if folder else "given (--metrics DIR)"
+    vgg = folder / VGG_FILE if folder and (folder / VGG_FILE).is_file() else None
+    if vgg:
+        lpips.pop("vgg", None)
     missing = {
         f"LPIPS {network}": f"no {backbone}*.pth with {network}.pth (its weights) is {where}"
         for network, backbone in LPIPS_BACKBONES.items()
-        if network not in lpips
+        if network not in lpips and not (vgg and network == "vgg")
     }
+    dists = find_dists()
+    if not vgg:
+        missing["DISTS"] = missing["FD-VGG16"] = f"no {VGG_FILE} (VGG16 with the heads of LPIPS) is {where}"
+    elif not dists:
+        missing["DISTS"] = "dists-pytorch is not installed; run: pip install 'clric[bench]'"
+    ssimulacra2 = find_spec("ssimulacra2") is not None
+    if not ssimulacra2:
+        missing["SSIMULACRA2"] = "ssimulacra2 is not installed; run: pip install 'clric[bench]'"
+    missing["butteraugli"] = "no package on PyPI has it"
     inception = folder / FID_WEIGHTS if folder and (folder / FID_WEIGHTS).is_file() else None
     if not inception:
         missing["FID"] = f"no {FID_WEIGHTS} (Inception as TorchScript) is {where}"
-    return Metrics(tuple((network, *paths) for network, paths in lpips.items()), inception), missing
+    files = tuple((network, *paths) for network, paths in lpips.items())
+    return Metrics(files, inception, vgg, dists if vgg else None, ssimulacra2), missing
 
 
 def run(

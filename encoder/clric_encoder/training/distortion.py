@@ -8,11 +8,12 @@ and the gradient G of the image's loss D by the n values of the latent f gives t
 
 to second order. A step on the function costs a hundredth of a look at the image, and several follow on each.
 
-The image's loss is 10 MSE + 0.25 (1 - MS-SSIM) + 0.5 perceptual distance (docs/tuning.md has the reasons).
+The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + perceptual distance (docs/tuning.md has the reasons).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from torch import Tensor
 from .features import Features, PerceptualDistance
 
 # Weights of the parts of the image's loss, for RGB in [0, 1].
-PIXELS_WEIGHT, STRUCTURE_WEIGHT, PERCEPTUAL_WEIGHT = 10.0, 0.25, 0.5
+PIXELS_WEIGHT, STRUCTURE_WEIGHT, PERCEPTUAL_WEIGHT = 6.0, 0.25, 1.0
 
 # D's curvature in units of the latent's mean squared error: 0.58 to 0.86 on three photos, from D of random changes of
 # the latent of deviation 0.3.
@@ -48,6 +49,7 @@ class Distortion(Protocol):
     of a batch is for."""
 
     targets: Tensor
+    moves: bool
 
     def look(self, latents: Tensor, owners: Sequence[int]) -> None:
         """Moves the targets, where they move, for the latents (batch, C, h, w) that the functions have come to."""
@@ -55,6 +57,8 @@ class Distortion(Protocol):
 
 class LatentError:
     """Mean squared error to given latents."""
+
+    moves = False
 
     def __init__(self, latents: Tensor) -> None:
         self.targets = latents
@@ -92,6 +96,8 @@ class _Tile:
 class ImageDistortion:
     """The loss of images through an image decoder, as a squared error to latents that move."""
 
+    moves = True
+
     def __init__(
         self,
         images: Sequence[np.ndarray],
@@ -106,6 +112,13 @@ class ImageDistortion:
         self._threads = torch.get_num_threads()
         with torch.no_grad():
             self._tiles = [self._tiles_of(image, latent) for image, latent in zip(images, latents, strict=True)]
+
+    def pick(self, indices: Sequence[int]) -> ImageDistortion:
+        """Those of some of the images."""
+        picked = copy.copy(self)
+        picked.targets, picked.losses = self.targets[list(indices)], self.losses[list(indices)]
+        picked._tiles = [self._tiles[i] for i in indices]
+        return picked
 
     def look(self, latents: Tensor, owners: Sequence[int]) -> None:
         """Decodes the latents, and moves the targets against the gradients of the images' losses; sets `losses`."""

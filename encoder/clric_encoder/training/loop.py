@@ -26,7 +26,7 @@ from . import process_pool
 from .distortion import Distortion, ImageDistortion, LatentError
 from .optimizers import Adam, Soap
 from .presets import Preset, Stage
-from .rate_control import IMAGE, LATENT, RateControl, principal_step
+from .rate_control import GOAL, HIGHEST, IMAGE, LATENT, LOWEST, MIN_FILL, RateControl, principal_step
 from .rounding import add_uniform_noise, round_straight_through
 
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
@@ -36,13 +36,12 @@ NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is look
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
 FINISHING = Stage(20, "soft", (0.0, 0.0), (0.004, 0.0008), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
+FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0  # sizes that miss by more are trained at so many times the rates
+FINISHING_LOOKS = 10  # iterations between two looks at the image, where that is what is trained on
 
-# Lambda of the training on images as a multiple of that on latents, about, for files of the same size: between 4 and 10
-# on three photos at 0.05 and 0.2 bpp.
-TUNING_LAMBDA = 5.0
-
-# What the training on images leaves of a file at this lambda, about: 0.73 to 1.15 of it in the same measurements.
-TUNING_GAIN = 0.93
+# Lambda of the training on images as a multiple of that on latents, and what it leaves of a file, about: more than that
+# at rates above 0.2 bpp. Where a size is missed, all starts again with what it left.
+TUNING_LAMBDA, TUNING_GAIN, TUNING_RETRIES = 2.5, 0.95, 3
 
 # Seeds of candidates are below.
 TUNING_SEED = 500
@@ -144,20 +143,86 @@ def overfit(
     A latent's function depends on its neighbours in the batch no further than by the order of float summation. The
     same arguments give the same functions on the same CPU, versions and number of threads.
     """
+    everything = range(len(latents))
+
+    def on_latents(numbers: Sequence[int], goals: Sequence[int] | None) -> list[_Trained]:
+        """goals: sizes in bytes of these numbers' files."""
+        problem = (
+            latents[list(numbers)],
+            [lmbdas[i] for i in numbers],
+            [pixels[i] for i in numbers],
+            lambda function, i: measure(function, numbers[i]),
+            goals,
+        )
+        return _train_side_by_side(*problem, preset, seed, device, tell)
+
+    def tell(progress: Progress) -> None:
+        if report is not None:
+            report(replace(progress, iterations=preset.iterations + (0 if image is None else preset.tuning.iterations)))
+
+    if image is None:
+        return [own.function for own in on_latents(everything, sizes)]
+    results: list[Function | None] = [None for _ in everything]
+    gains, missed = [TUNING_GAIN for _ in everything], list(everything)
+    for _ in range(TUNING_RETRIES):
+        goals = None if sizes is None else [round(sizes[i] / gains[i]) for i in missed]
+        trained = on_latents(missed, goals)
+        limits = [
+            measure(own.function, i) if sizes is None else sizes[i] for own, i in zip(trained, missed, strict=True)
+        ]
+        control = RateControl(limits, IMAGE, at_most=sizes is None)
+        numbers = missed
+
+        def own_measure(function: Function, i: int, numbers: Sequence[int] = numbers) -> int:
+            return measure(function, numbers[i])
+
+        own_pixels = [pixels[i] for i in missed]
+        with backend_for(torch.device(device)).threads(torch.get_num_threads()):
+            tuned = _train_on_images(
+                trained, image.pick(missed), own_pixels, preset, control, limits, own_measure, seed, device, tell
+            )
+        lmbda_can_move = []
+        for i, before, after, limit in zip(missed, trained, tuned, limits, strict=True):
+            size, best = measure(after, i), results[i]
+            if sizes is None:
+                # What was asked for is met by the function that was there before
+                results[i] = after if size <= limit else before.function
+                continue
+            if best is None or _is_nearer(size, measure(best, i), limit):
+                results[i] = after
+            gains[i] *= size / (GOAL * limit)
+            if not MIN_FILL * limit <= size <= limit and LOWEST < before.function.lmbda < HIGHEST:
+                lmbda_can_move.append(i)
+        missed = lmbda_can_move
+        if not missed:
+            break
+    return [result for result in results if result is not None]
+
+
+def _train_side_by_side(
+    latents: np.ndarray,
+    lmbdas: Sequence[float],
+    pixels: Sequence[int],
+    measure: Measure,
+    sizes: Sequence[int] | None,
+    preset: Preset,
+    seed: int,
+    device: str,
+    report: Report,
+) -> list[_Trained]:
+    """`_train_on_latents` of parts of a batch. Not on a GPU, which works on all of it at once."""
     backend = backend_for(torch.device(device))
     threads = torch.get_num_threads()
-    # Parts of a batch are trained side by side. Not those on a GPU, which works on all of it at once.
     count = min(threads, len(latents)) if backend is not TORCH and process_pool.possible() else 1
     bounds = [-(-len(latents) * part // count) for part in range(count + 1)]  # the first, which reports, has most
-    iterations = preset.iterations + (preset.tuning.iterations if image is not None else 0)
 
     def train(part: int, check: Callable[[], None]) -> list[_Trained]:
         own = list(range(bounds[part], bounds[part + 1]))
 
         def tell(progress: Progress) -> None:
             check()
-            if part == 0 and report is not None:
-                report(replace(progress, iterations=iterations))
+            if part == 0:
+                report(progress)
 
         with backend.threads(threads // count + (part < threads % count)):
             return _train_on_latents(
@@ -167,17 +232,12 @@ def overfit(
                 preset,
                 lambda function, i: measure(function, own[i]),
                 None if sizes is None else [sizes[i] for i in own],
-                image is None,
                 seed,
                 device,
                 tell,
             )
 
-    trained = process_pool.run(train, count)
-    if image is None:
-        return [own.function for own in trained]
-    with backend.threads(threads):
-        return _train_on_images(trained, image, pixels, preset, measure, sizes, seed, device, report)
+    return process_pool.run(train, count)
 
 
 def _train_on_latents(
@@ -187,16 +247,13 @@ def _train_on_latents(
     preset: Preset,
     measure: Measure,
     sizes: Sequence[int] | None,
-    final: bool,
     seed: int,
     device: str,
     report: Report | None,
 ) -> list[_Trained]:
-    """final: whether sizes are to be met, and not only to be come near to."""
     distortion = LatentError(torch.from_numpy(latents).to(device))
-    if sizes is None or not final:
-        control = None if sizes is None else RateControl([round(size / TUNING_GAIN) for size in sizes], LATENT)
-        trainer = _Trainer(distortion, lmbdas, pixels, preset, control, device, report)
+    if sizes is None:
+        trainer = _Trainer(distortion, lmbdas, pixels, preset, None, device, report)
         return trainer.results(*trainer.run(seed, None, None))
     # More than one chance for targets that are missed, each with what the networks cost in the one before
     results: list[_Trained] = []
@@ -231,35 +288,32 @@ def _train_on_images(
     image: ImageDistortion,
     pixels: Sequence[int],
     preset: Preset,
+    control: RateControl,
+    sizes: Sequence[int],
     measure: Measure,
-    sizes: Sequence[int] | None,
     seed: int,
     device: str,
-    report: Report | None,
+    report: Report,
 ) -> list[Function]:
-    """Goes on with functions on the loss of their images, to files of given sizes, or of those that they have."""
-    functions = [own.function for own in trained]
-    at_most = sizes is None
-    if sizes is None:
-        sizes = [measure(function, i) for i, function in enumerate(functions)]
-    control = RateControl(sizes, IMAGE, at_most=at_most)
-    lmbdas = [TUNING_LAMBDA * function.lmbda for function in functions]
-    trainer = _Trainer(image, lmbdas, pixels, preset, control, device, report)
-    control.know_networks([function.networks for function in functions])
-    packed = torch.from_numpy(np.stack([own.packed for own in trained])).to(device)
-    vectors = torch.from_numpy(np.stack([own.vector for own in trained])).to(device)
+    """Goes on with functions on the loss of their images."""
+    lmbdas = [own.function.lmbda for own in trained]
+    trainer = _Trainer(image, [TUNING_LAMBDA * lmbda for lmbda in lmbdas], pixels, preset, control, device, report)
+    control.know_networks([own.function.networks for own in trained])
+    packed, vectors = (
+        torch.from_numpy(np.stack(arrays)).to(device)
+        for arrays in ([own.packed for own in trained], [own.vector for own in trained])
+    )
     generators = [torch.Generator(trainer.device).manual_seed(seed * 1000 + TUNING_SEED) for _ in trained]
     state = trainer.state(packed, vectors, list(range(len(trained))), generators)
     trainer.done = preset.iterations
     trainer.train(state, preset.tuning, "image", preset.tuning.iterations)
-    trainer.look(state, state.packed.round(), trainer.packing.split(state.vectors))
+    # Networks are quantised against what they give. Against the moved target they would be fitted to one gradient
+    image.targets = trainer.latents(state)
     networks = trainer.quantize(state)
     state.vectors = trainer.packing.join(as_networks(networks, trainer.device))
     trainer.finish(state, networks, sizes, measure)
-    return [
-        replace(function, lmbda=before.lmbda)
-        for function, before in zip(trainer.functions(state, networks), functions, strict=True)
-    ]
+    functions = trainer.functions(state, networks)
+    return [replace(function, lmbda=lmbda) for function, lmbda in zip(functions, lmbdas, strict=True)]
 
 
 def _is_nearer(size: int, other: int, limit: int) -> bool:
@@ -393,7 +447,7 @@ class _Trainer:
             if self.control is not None and iteration % pause == 0:
                 self.steer(state, networks, stage, iteration, pause)
             check_networks = int(NETWORK_BITS_CHECK_AT * stage.iterations)
-            if self.control is not None and iteration == check_networks and not (stage.fixed or stage.look_every):
+            if self.control is not None and iteration == check_networks and not stage.fixed:
                 self.control.know_networks(self.quantize(state, refined=False))
             rate_weights = self.lmbdas[state.owners] / pixels
             if stage.rounding == "hard":
@@ -446,10 +500,10 @@ class _Trainer:
             lambdas, bits, state.owners, iteration, stage.iterations, pause
         )
 
-    def look(self, state: _State, packed: torch.Tensor, networks: Networks) -> None:
-        """Lets the distortion see the latents of functions with these grids."""
-        latents = Synthesis(packed, networks, self.architecture, self.layout).latents
-        self.distortion.look(latents, state.owners)
+    def latents(self, state: _State) -> torch.Tensor:
+        """What functions give with rounded grids, (batch, C, h, w)."""
+        networks = self.packing.split(state.vectors)
+        return Synthesis(state.packed.round(), networks, self.architecture, self.layout).latents.clone()
 
     def quantize(self, state: _State, refined: bool = True) -> list[list[Parameters]]:
         """The networks as integers, for the grids as they round now."""
@@ -483,6 +537,7 @@ class _Trainer:
         assert control is not None
         self.trained_lmbdas = self.lmbdas.clone()
         kept, best = state.packed.clone(), [0] * len(state.packed)
+        stage = replace(FINISHING, look_every=FINISHING_LOOKS if self.distortion.moves else 0)
         for number in range(FINISHING_ROUNDS + 1):
             current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
             for i, size in enumerate(current):
@@ -492,9 +547,12 @@ class _Trainer:
             if not missed or number == FINISHING_ROUNDS:
                 break
             self.lmbdas[missed] = control.last_lambdas(self.lmbdas, current)[missed]
+            miss = control.largest_miss([size if i in missed else sizes[i] for i, size in enumerate(current)])
+            stronger = min(max(1.0, miss / FINISHING_MISS), FINISHING_STRONGEST)
+            rates = stage.grid_rate[0] * stronger, stage.grid_rate[1] * stronger
             picked = state.pick(missed)
             picked.grid_optimizer = Adam(picked.packed, self.preset.betas)
-            self.train(picked, FINISHING, "size", FINISHING.iterations)
+            self.train(picked, replace(stage, grid_rate=rates), "size", stage.iterations)
             state.packed[missed] = picked.packed
         state.packed = kept
 

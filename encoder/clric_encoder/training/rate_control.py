@@ -29,7 +29,8 @@ class Dynamics:
     What grids cost more, in the course of a stage, than they will at its end, as measured at constant lambda, is
     exp(start exp(-iteration / start_iterations) + excess exp(-decay position)), position in the stage from 0 to 1.
     first, last: the positions between which lambda moves: before, bits say too little; after, they follow too slowly.
-    max_change: how many times its first value lambda may come to, up or down, in one training.
+    max_change: how many times its first value lambda may come to, up or down, in one training. dense: bits for each
+    value of the latent above which the excess falls in inverse proportion to them.
     """
 
     elasticity: float
@@ -41,12 +42,13 @@ class Dynamics:
     first: float
     last: float
     max_change: float
+    dense: float
 
 
 # Fitted to presets fast and default, and to the training on images of three photos at 0.05 and 0.2 bpp.
 # Grids that are few stay near their start whatever lambda is, and the networks would be all that follows it.
-LATENT = Dynamics(0.55, 0.12, 0.83, 46, 0.15, 4.3, 0.1, 0.7, 8)
-IMAGE = Dynamics(0.55, 0.25, 0.0, 1, 0.28, 5.0, 0.03, 0.6, 2.5)
+LATENT = Dynamics(0.55, 0.12, 0.83, 46, 0.15, 4.3, 0.1, 0.7, 8, math.inf)
+IMAGE = Dynamics(0.55, 0.1, 0.0, 1, 0.28, 5.0, 0.03, 0.6, 4, 0.35)
 
 # In the few iterations that correct a file's size, lambda has this many times less power, and sometimes much less: it
 # moves twice as far again where a size has not come half of its way, up to this much in its logarithm.
@@ -71,8 +73,9 @@ class RateControl:
         starts: torch.Tensor | None = None,
         at_most: bool = False,
     ) -> None:
-        """at_most: whether files may be smaller than their sizes: lambda then never falls. others: (batch,), bits of all but the grids, where that is known. starts: (batch,), bits of grids that the
-        first lambdas are to be those of, where that is not what is left of the sizes."""
+        """others: (batch,), bits of all but the grids, where that is known. starts: (batch,), bits of grids that the
+        first lambdas are to be those of, where that is not what is left of the sizes. at_most: whether files may be
+        smaller than their sizes; lambda then never falls."""
         self._sizes, self._dynamics, self._others, self._starts = np.array(sizes), dynamics, others, starts
         self._at_most = at_most
         self._powers = torch.full((len(sizes),), WEAKNESS / dynamics.elasticity)
@@ -83,6 +86,7 @@ class RateControl:
     ) -> torch.Tensor:
         """Where to start, (batch,). lmbdas: (batch,), good for the training on images, which starts from functions.
         latents: (batch, C, h, w). pixels: (batch,), of the images."""
+        self._values = latents[0].numel()
         if self._dynamics is IMAGE:
             self._first = lmbdas.clone()
             return lmbdas
@@ -113,13 +117,15 @@ class RateControl:
         if not own.first <= position <= own.last:
             return lambdas
         start = own.start * math.exp(-iteration / own.start_iterations)
-        final = bits * math.exp(-start - own.excess * math.exp(-own.decay * position))
+        excess = own.excess * math.exp(-own.decay * position) / (bits / (own.dense * self._values)).clamp_min(1)
+        final = bits * torch.exp(-start - excess)
         excess = torch.log((final + 1) / self._grid_goals()[owners]).clamp(-1, 1)
         if self._at_most:
             excess = excess.clamp_min(0)
         moved = lambdas * torch.exp(excess * (pause / iterations / own.response / own.elasticity))
         first = self._first[owners]
-        return torch.minimum(torch.maximum(moved, first / own.max_change), first * own.max_change).clamp(LOWEST, HIGHEST)
+        lowest, highest = first / own.max_change, first * own.max_change
+        return moved.maximum(lowest).minimum(highest).clamp(LOWEST, HIGHEST)
 
     def know_networks(self, networks: Sequence[list[Parameters]]) -> None:
         """What the networks cost, about: more is saved on them in the end."""
@@ -139,6 +145,10 @@ class RateControl:
         others = (self._others[indices] + own.to(self._others)) / 2
         starts = self._starts[indices] * ratios.clamp(0.5, 2).to(self._starts)
         return RateControl(self._sizes[indices].tolist(), self._dynamics, others, starts)
+
+    def largest_miss(self, sizes: Sequence[int]) -> float:
+        """The largest distance of the logarithm of a size in bytes from what is aimed at."""
+        return float(np.abs(np.log(np.array(sizes) / (GOAL * self._sizes))).max())
 
     def missed(self, sizes: Sequence[int], lambdas: torch.Tensor) -> list[int]:
         """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""

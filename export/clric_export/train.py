@@ -1,0 +1,510 @@
+"""An autoencoder trained with the rate in the loss: encoder, image decoder and causal prior together.
+
+    photo crop -> encoder -> latent y -> quantised with a random step d -> decoder -> image, compared with the crop
+                                         `-> prior -> bits
+
+There is no teacher: the photos are the target. Training starts from the weights of `lite`, widened to more channels.
+From random weights the rate collapses the latent before the decoder has learned to use it. Runs are seeded,
+checkpointed and resumed where they were stopped. The learning rate is constant after a warm-up, and what is measured
+and exported is a moving average of the weights: a run can be stopped at any time. A separate decay at the end brings
+the last of the gain.
+
+The mesh. A decoder with pixel shuffles has separate weights for each pixel of an 8 x 8 block, so nothing makes its
+response to a constant latent constant. The difference is a pattern of period 8, some grey levels strong, which other
+losses hardly see: MS-SSIM's constants hide it, and the features sample every second pixel of a fixed raster. Two losses
+see it: `mesh_loss`, of what decoded crops have at multiples of 1/8 cycle per pixel, and `ripple_loss`, of the response
+to constant latents, computed exactly and without noise.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from clric_decoder.errors import ModelError, brief
+from clric_encoder.networks import (
+    DecoderNetwork,
+    SmallDecoder,
+    load_decoder_network,
+    load_encoder_network,
+    receptive_halo,
+    small_encoder,
+)
+from clric_encoder.training.distortion import ms_ssim, structure
+from clric_encoder.training.features import LpipsVgg, PerceptualDistance, load_features
+from torch import Tensor, nn
+
+from .crops import Crops
+from .distill import save_encoder
+from .losses import flatness_loss
+from .muon import Muon
+from .onnx import write_decoder
+from .prior import Prior
+
+# Range of the quantiser step; the rates are 0.02 to 0.4 bpp.
+MIN_STEP, MAX_STEP = 0.07, 2.2
+
+# Weight of the bits per pixel at step 0.5. It grows with the square of the step, as the squared error does.
+RATE_WEIGHT = 0.25
+
+# Weights of the losses: pixels and means of 8 x 8 pixels (both L1), MS-SSIM, flat areas, perceptual distance, mesh,
+# ripple.
+PIXELS_WEIGHT, COLOUR_WEIGHT, STRUCTURE_WEIGHT, FLATNESS_WEIGHT = 1.0, 0.5, 0.2, 1.0
+PERCEPTUAL_WEIGHT, MESH_WEIGHT, RIPPLE_WEIGHT = 0.3, 5.0, 10.0
+
+# The period of the decoder's raster, and the windows in which the mesh is measured: their side and distance.
+PERIOD, MESH_WINDOW, MESH_STRIDE = 8, 64, 32
+
+# Mean difference of neighbouring pixels below which an area counts as flat, and the weight of the mesh elsewhere: under
+# features alone, textures become a hatching of the raster's period.
+FLAT, TEXTURE_SHARE = 0.02, 0.2
+
+# Latents of a batch whose ripple is measured; half of them from flat areas, if there are as many.
+RIPPLE_LATENTS = 96
+
+# Share of crops whose latents are rounded, with a straight-through gradient; the others get uniform noise.
+ROUNDED_SHARE = 0.5
+
+# LPIPS-VGG, where it is given, takes the place of its student once in so many iterations, with this weight and on a
+# window of half of the crops' side: it costs sixty times as much, and a decoder that is trained on the student alone
+# finds what the student does not see.
+LPIPS_EVERY, LPIPS_WEIGHT = 4, 0.6
+
+# Crops are shifted by up to this many pixels before features are computed: their raster has this period.
+FEATURE_RASTER = 16
+
+# The prior trains alone at first, then the learning rate of the others rises.
+PRIOR_ITERATIONS, WARM_UP = 400, 500
+PRIOR_LEARNING_RATE = 2e-3
+
+# Of the decoder's last layer, as a share of the others': each step of its 12 outputs is a mesh of its own.
+LAST_LAYER_SHARE = 0.2
+
+# Decay of the moving average of weights per iteration, and the largest norm of the gradient.
+AVERAGE_DECAY, MAX_GRADIENT = 0.999, 5.0
+
+CHECKPOINT_EVERY = 500
+
+# Steps at which held-out photos are measured; 0 stands for no quantisation.
+VALIDATION_STEPS = (1.2, 0.8, 0.5, 0.25, 0.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run must keep to be resumed: see `train`."""
+
+    channels: int
+    seed: int
+    crop: int
+    crops: int
+    learning_rate: float
+
+
+def train(
+    photos: Path,
+    folder: Path,
+    *,
+    space: str = "custom",
+    channels: int = 8,
+    iterations: int = 50_000,
+    decay: int = 0,
+    seed: int = 0,
+    crop: int = 192,
+    crops: int = 4,
+    learning_rate: float = 5e-4,
+    lpips: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Trains an autoencoder in ``folder``, or goes on with it, and writes its files there.
+
+    photos: a folder of hundreds of photos. space, channels: the name of the latent space that the files will carry,
+    and its channels, at least 4. iterations: at a constant learning rate, counted from the beginning of the first
+    run; nothing is trained if the checkpoint has as many. decay: iterations that follow, in which the learning rate
+    falls to zero; they have a checkpoint of their own, and a later run goes on from before the decay. crop, crops:
+    side of crops in pixels, and how many make a batch. lpips: vgg16_lpips.npz, for LPIPS-VGG in some iterations and
+    in the log; without, its student alone is used. report: called with lines about the progress.
+
+    Gives the paths of the decoder (ONNX with its manifest, the weights stored in int8) and of the encoder
+    (safetensors, float16). Raises ClricError and OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(channels, seed, crop, crops, learning_rate)
+    run = _Run(settings, Crops(photos, crop, seed), lpips)
+    report(f"{len(run.data.images)} photos, bfloat16: {run.bfloat16}")
+    checkpoint = folder / "checkpoint.pt"
+    run.load(checkpoint)
+    run.advance(iterations, lambda iteration: 1.0, checkpoint, folder / "log.jsonl", report)
+    if decay:
+        begin = run.iteration
+        run.load(folder / f"decay-{begin}-{decay}.pt")
+        run.advance(
+            begin + decay,
+            lambda iteration: 1 - (iteration - begin) / decay,
+            folder / f"decay-{begin}-{decay}.pt",
+            folder / "log.jsonl",
+            report,
+        )
+    return write_networks(run.average, space, folder)
+
+
+def write_networks(model: nn.ModuleDict, space: str, folder: Path) -> list[Path]:
+    """Writes the decoder as ``space``.onnx with its manifest, and the encoder as ``space``_encoder.safetensors."""
+    decoder = copy.deepcopy(model["decoder"]).eval()
+    assert isinstance(decoder, SmallDecoder)
+    first = decoder.layers[0]
+    assert isinstance(first, nn.Conv2d)
+    network = DecoderNetwork(
+        space, space, first.in_channels, receptive_halo(decoder.layers), "BSD-3-Clause", "clric-export train", decoder
+    )
+    onnx = folder / str(write_decoder(network, folder, "int8", stem=space)["file"])
+    weights = folder / f"{space}_encoder.safetensors"
+    save_encoder(model["encoder"], space, weights)
+    return [onnx, onnx.with_suffix(".json"), weights]
+
+
+def start_networks(channels: int) -> nn.ModuleDict:
+    """Encoder and decoder with the weights of `lite`, widened, and a random prior.
+
+    New weights, of the encoder's last layer and the decoder's first, have 0.3 of the old ones' deviation. channels: at
+    least 4.
+    """
+    encoder, decoder = small_encoder(channels), SmallDecoder(channels)
+    for layers, lite, axis in (
+        (encoder, load_encoder_network("lite")[1], 0),
+        (decoder, load_decoder_network("lite").module, 1),
+    ):
+        state = layers.state_dict()
+        for name, old in lite.state_dict().items():
+            new = state[name]
+            if new.shape == old.shape:
+                new.copy_(old)
+                continue
+            if new.ndim > 1:
+                new.normal_(0, 0.3 * float(old.std()))
+            else:
+                new.zero_()
+            axis = axis if new.ndim > 1 else 0
+            new.narrow(axis, 0, old.shape[axis]).copy_(old)
+    return nn.ModuleDict({"encoder": encoder, "decoder": decoder, "prior": Prior(channels)})
+
+
+class _Run:
+    """The state of a run: networks, their moving average, the optimiser and the number of iterations done."""
+
+    def __init__(self, settings: Settings, data: Crops, lpips: Path | None) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.data, self.iteration = settings, data, 0
+        self.bfloat16 = torch.cpu._is_avx512_bf16_supported()
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        self.student = load_features()
+        self.student.set_dtype(dtype)
+        self.teacher = None if lpips is None else LpipsVgg(lpips, dtype)
+        self.model = start_networks(settings.channels)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        last = list(self._decoder.layers[-2].parameters())
+        others = [
+            parameter
+            for parameter in (*self.model["encoder"].parameters(), *self.model["decoder"].parameters())
+            if all(parameter is not other for other in last)
+        ]
+        self.optimizer = Muon(others, lr=0.0)
+        self.optimizer.add_param_group({"params": last, "lr": 0.0})
+        self.prior_optimizer = torch.optim.Adam(self.model["prior"].parameters(), PRIOR_LEARNING_RATE)
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint, if it is there. Raises ModelError for a damaged one and one of other settings."""
+        if not checkpoint.exists():
+            return
+        try:
+            state = torch.load(checkpoint, weights_only=True)
+        except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
+            raise ModelError(f"{checkpoint} cannot be read ({brief(error)}): remove it to start anew") from error
+        if state["settings"] != asdict(self.settings):
+            raise ModelError(f"{checkpoint} is of a run with other settings: name another folder")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.prior_optimizer.load_state_dict(state["prior_optimizer"])
+        self.iteration = state["iteration"]
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes a checkpoint beside its name and renames it."""
+        state = {
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "prior_optimizer": self.prior_optimizer.state_dict(),
+            "iteration": self.iteration,
+        }
+        scratch = checkpoint.with_suffix(".tmp")
+        torch.save(state, scratch)
+        os.replace(scratch, checkpoint)
+
+    def advance(
+        self,
+        until: int,
+        rate: Callable[[int], float],
+        checkpoint: Path,
+        log: Path,
+        report: Callable[[str], None],
+    ) -> None:
+        """Trains until this many iterations are done. rate: factor of the learning rate by the iteration's number.
+
+        Every `CHECKPOINT_EVERY` iterations, and at the end, a line with the means of the losses since the last and the
+        figures of held-out photos is logged, and the checkpoint is written.
+        """
+        sums: dict[str, float] = {}
+        count, begin = 0, time.monotonic()
+        while self.iteration < until:
+            warm_up = min(1.0, max(0, self.iteration - PRIOR_ITERATIONS + 1) / WARM_UP)
+            for group, share in zip(self.optimizer.param_groups, (1.0, LAST_LAYER_SHARE), strict=True):
+                group["lr"] = self.settings.learning_rate * rate(self.iteration) * warm_up * share
+            self.prior_optimizer.param_groups[0]["lr"] = PRIOR_LEARNING_RATE * rate(self.iteration)
+            parts = self._step(np.random.default_rng((self.settings.seed, self.iteration)))
+            self.iteration += 1
+            count += 1
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if self.iteration % CHECKPOINT_EVERY == 0 or self.iteration == until:
+                seconds = (time.monotonic() - begin) / count
+                line: dict[str, Any] = {"iteration": self.iteration, "seconds": round(seconds, 3)}
+                line["losses"] = {name: round(value / count, 5) for name, value in sums.items()}
+                line.update(validate(self.average, list(self.data.held_out()), self.teacher))
+                self.save(checkpoint)
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                report(json.dumps(line))
+                sums, count, begin = {}, 0, time.monotonic()
+
+    def _step(self, random: np.random.Generator) -> dict[str, float]:
+        """One iteration of the optimiser; gives the losses by name."""
+        pixels = self.data.batch(random, self.settings.crops).contiguous(memory_format=torch.channels_last)
+        is_alone = self.iteration < PRIOR_ITERATIONS
+        parts = self._rate_loss(pixels, random) if is_alone else self._losses(pixels, random)
+        total = torch.stack(list(parts.values())).sum()
+        total.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
+        if not is_alone:
+            self.optimizer.step()
+        self.prior_optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            new = 1 - min(AVERAGE_DECAY, (1 + self.iteration) / (10 + self.iteration))
+            for average, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(parameter, new)
+        return {name: value.item() for name, value in parts.items()}
+
+    def _rate_loss(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
+        """The prior alone: its bits, all steps alike."""
+        with torch.no_grad(), self._autocast():
+            latent = self.model["encoder"](pixels).float()
+        step = _random_steps(random, len(pixels))
+        noise = torch.from_numpy(random.uniform(-0.5, 0.5, latent.shape).astype(np.float32))
+        bits = self.model["prior"](latent / step[:, None, None, None] + noise, step)
+        return {"rate": bits.sum() / pixels[:, 0].numel()}
+
+    def _losses(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
+        with self._autocast():
+            latent = self.model["encoder"](pixels).float()
+        step = _random_steps(random, len(pixels))
+        scale = step[:, None, None, None]
+        values = latent / scale
+        noisy = values + torch.from_numpy(random.uniform(-0.5, 0.5, latent.shape).astype(np.float32))
+        rounded = values + (values.round() - values).detach()
+        is_rounded = torch.from_numpy(random.random(len(pixels)) < ROUNDED_SHARE)[:, None, None, None]
+        quantised = torch.where(is_rounded, rounded, noisy)
+        image = self._decode(quantised * scale)
+
+        bits = self.model["prior"](noisy, step).sum((1, 2, 3)) / pixels[0, 0].numel()
+        vectors = _ripple_vectors((quantised * scale).detach(), pixels, random)
+        return {
+            "rate": RATE_WEIGHT * (bits * (step / 0.5).square()).mean(),
+            "pixels": PIXELS_WEIGHT * F.l1_loss(image, pixels),
+            "colour": COLOUR_WEIGHT * F.l1_loss(F.avg_pool2d(image, 8), F.avg_pool2d(pixels, 8)),
+            "structure": STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels))),
+            "flatness": FLATNESS_WEIGHT * flatness_loss(image, pixels),
+            "perceptual": self._perceptual(image, pixels, random),
+            "mesh": MESH_WEIGHT * mesh_loss(image, pixels),
+            "ripple": RIPPLE_WEIGHT * ripple_loss(self._decoder, vectors),
+        }
+
+    def _perceptual(self, image: Tensor, pixels: Tensor, random: np.random.Generator) -> Tensor:
+        network: PerceptualDistance = self.student
+        weight, raster = PERCEPTUAL_WEIGHT, FEATURE_RASTER
+        if self.teacher is not None and self.iteration % LPIPS_EVERY == LPIPS_EVERY - 1:
+            network, weight, raster = self.teacher, LPIPS_WEIGHT, self.settings.crop // 2
+        y, x = (int(shift) for shift in random.integers(0, raster, 2))
+        window = slice(y, y + self.settings.crop - raster), slice(x, x + self.settings.crop - raster)
+        with torch.no_grad():
+            reference = network.features(pixels[(..., *window)])
+        return weight * network.distance(network.features(image[(..., *window)]), reference).mean()
+
+    @property
+    def _decoder(self) -> SmallDecoder:
+        decoder = self.model["decoder"]
+        assert isinstance(decoder, SmallDecoder)
+        return decoder
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        """The last layer in float32: bfloat16 has half a grey level between its numbers."""
+        layers = list(self._decoder.layers)
+        with self._autocast():
+            x = nn.Sequential(*layers[:-2])(latent.contiguous(memory_format=torch.channels_last))
+        return nn.Sequential(*layers[-2:])(x.float()) + 0.5
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+
+
+def mesh_loss(image: Tensor, reference: Tensor) -> Tensor:
+    """The error's part of period 8 in flat areas of images [N, 3, H, W]: its root mean square, in [0, 1].
+
+    In windows of 64 x 64 pixels the error is weighted with a Hann window and folded: all pixels at the same place of
+    their 8 x 8 block are averaged. What differs between the places is the error at multiples of 1/8 cycle per pixel;
+    of white noise it has a 28th of the power. Windows count fully where the reference is flat, and for
+    `TEXTURE_SHARE` elsewhere.
+    """
+    blocks = MESH_WINDOW // PERIOD
+    hann = torch.hann_window(MESH_WINDOW, device=image.device).view(blocks, PERIOD) / (blocks / 2)
+    # [8 * 8 places, 1, blocks, blocks]
+    window = torch.einsum("ai,bj->ijab", hann, hann).reshape(PERIOD * PERIOD, 1, blocks, blocks)
+    error = F.pixel_unshuffle(image - reference, PERIOD)
+    stride = MESH_STRIDE // PERIOD
+    folded = F.conv2d(error, window.repeat(3, 1, 1, 1), stride=stride, groups=error.shape[1])
+    folded = folded.unflatten(1, (3, PERIOD * PERIOD))
+    power = (folded - folded.mean(2, keepdim=True)).square().mean((1, 2))
+    flatness = torch.exp(-(_activity(reference, MESH_WINDOW, MESH_STRIDE) / FLAT).square())
+    return ((TEXTURE_SHARE + (1 - TEXTURE_SHARE) * flatness) * (power + 1e-9).sqrt()).mean()
+
+
+def ripple_loss(decoder: SmallDecoder, vectors: Tensor) -> Tensor:
+    """How much the images of constant latents differ from a constant colour: root mean square, in [0, 1].
+
+    vectors: [n, C]. With circular padding one latent stands for a plane of equal ones, and its 8 x 8 pixels are the
+    period of the decoder's response.
+    """
+    if not len(vectors):
+        return vectors.new_zeros(())
+    with circular_padding(decoder):
+        image = decoder.layers(vectors[:, :, None, None])
+    power = (image - image.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
+    return (power + 1e-9).sqrt().mean()
+
+
+@contextlib.contextmanager
+def circular_padding(network: nn.Module) -> Iterator[None]:
+    """Every convolution of the network pads circularly, for as long as this lasts."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    before = [layer.padding_mode for layer in layers]
+    try:
+        for layer in layers:
+            layer.padding_mode = "circular"
+        yield
+    finally:
+        for layer, mode in zip(layers, before, strict=True):
+            layer.padding_mode = mode
+
+
+def flat_latents(latents: Tensor, pixels: Tensor) -> Tensor:
+    """The latents [n, C] around which the photo is flat: of [N, C, h, w] and pixels [N, 3, 8h, 8w]."""
+    activity = F.pad(_activity(pixels, 3 * PERIOD, PERIOD), (1, 1, 1, 1), value=1.0)
+    return latents.permute(0, 2, 3, 1)[activity < FLAT]
+
+
+def _ripple_vectors(latents: Tensor, pixels: Tensor, random: np.random.Generator) -> Tensor:
+    """Latents [n, C] for `ripple_loss`: some of flat areas, and others of anywhere."""
+    flat = flat_latents(latents, pixels)
+    flat = flat[torch.from_numpy(random.permutation(len(flat))[: RIPPLE_LATENTS // 2])]
+    all_latents = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    others = all_latents[torch.from_numpy(random.permutation(len(all_latents))[: RIPPLE_LATENTS - len(flat)])]
+    return torch.cat([flat, others])
+
+
+def _activity(image: Tensor, window: int, stride: int) -> Tensor:
+    """Mean difference of neighbouring pixels in windows, of both axes together: [N, rows, columns]."""
+    across = F.pad(image.diff(dim=3).abs().mean(1, keepdim=True), (0, 1))
+    down = F.pad(image.diff(dim=2).abs().mean(1, keepdim=True), (0, 0, 0, 1))
+    return F.avg_pool2d((across + down) / 2, window, stride)[:, 0]
+
+
+def _random_steps(random: np.random.Generator, count: int) -> Tensor:
+    steps = np.exp(random.uniform(math.log(MIN_STEP), math.log(MAX_STEP), count))
+    return torch.from_numpy(steps.astype(np.float32))
+
+
+@torch.inference_mode()
+def validate(model: nn.ModuleDict, images: Sequence[np.ndarray], lpips: LpipsVgg | None) -> dict[str, dict[str, float]]:
+    """Figures of photos coded with rounded latents, by step: bpp of the prior, PSNR, MS-SSIM, mesh.
+
+    images: H x W x 3 uint8, sides multiples of 8. mesh: the largest peak and the geometric mean of `mesh_peaks`;
+    texture: those of what is not flat. lpips: measured on 256 x 256 pixels in the middle.
+    """
+    result: dict[str, dict[str, float]] = {}
+    pixels = [torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 for image in images]
+    latents = [model["encoder"](x) for x in pixels]
+    for step in VALIDATION_STEPS:
+        figures: dict[str, list[float]] = {}
+        decoded = []
+        for x, latent in zip(pixels, latents, strict=True):
+            if step:
+                values = (latent / step).round()
+                bits = model["prior"](values, torch.tensor([step])).sum().item()
+                figures.setdefault("bpp", []).append(bits / x[0, 0].numel())
+                latent = values * step
+            image = (255 * model["decoder"](latent)).round() / 255
+            decoded.append((255 * image[0]).round().byte().permute(1, 2, 0).numpy())
+            figures.setdefault("psnr", []).append(-10 * math.log10(F.mse_loss(image, x).item() + 1e-10))
+            figures.setdefault("ms_ssim", []).append(ms_ssim(image, structure(x)).item())
+            if lpips is not None and step == 0.5:
+                top, left = (max(0, side - 256) // 2 for side in x.shape[2:])
+                a, b = (lpips.features(y[..., top : top + 256, left : left + 256]) for y in (image, x))
+                figures.setdefault("lpips", []).append(lpips.distance(a, b).item())
+        result[f"{step:g}"] = {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
+        for name, is_flat in (("mesh", True), ("texture", False)):
+            peaks = mesh_peaks(images, decoded, is_flat)
+            if len(peaks):
+                mean = float(np.exp(np.log(peaks).mean()))
+                result[f"{step:g}"].update(
+                    {f"{name}_max": round(float(peaks.max()), 2), f"{name}_mean": round(mean, 3)}
+                )
+    return result
+
+
+def mesh_peaks(originals: Sequence[np.ndarray], decoded: Sequence[np.ndarray], is_flat: bool = True) -> np.ndarray:
+    """Power of the error at multiples of 1/8 cycle per pixel, over the median of what is around each in the spectrum.
+
+    Of the luma, over all windows of 64 x 64 pixels in which the original is flat, or over all others; 1 is no mesh.
+    Empty without such windows.
+    The lowest frequencies are left out: errors of photos are strong there.
+    """
+    n, power = MESH_WINDOW, np.zeros((MESH_WINDOW, MESH_WINDOW))
+    window = np.outer(np.hanning(n), np.hanning(n))
+    for original, image in zip(originals, decoded, strict=True):
+        x, y = (a.astype(np.float64) @ [0.299, 0.587, 0.114] for a in (original, image))
+        for top in range(0, x.shape[0] - n + 1, n // 2):
+            for left in range(0, x.shape[1] - n + 1, n // 2):
+                patch = slice(top, top + n), slice(left, left + n)
+                if (max(np.abs(np.diff(x[patch], axis=axis)).mean() for axis in (0, 1)) < 2) == is_flat:
+                    error = y[patch] - x[patch]
+                    power += np.abs(np.fft.fft2((error - error.mean()) * window)) ** 2
+    if not power.any():
+        return np.empty(0)
+    peaks = []
+    lowest, ring = (0, n // 8, n - n // 8), range(-3, 4)
+    for u in range(0, n, n // 8):
+        for v in range(0, n, n // 8):
+            if u not in lowest or v not in lowest:
+                around = [power[(u + a) % n, (v + b) % n] for a in ring for b in ring if max(abs(a), abs(b)) == 3]
+                peaks.append(power[u, v] / np.median(around))
+    return np.array(peaks)
