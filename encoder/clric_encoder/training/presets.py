@@ -133,9 +133,9 @@ def _default(iterations: int, looks: int) -> Preset:
 
 
 PRESETS = {
-    "fast": _default(600, 12),
+    "fast": _default(350, 9),
     "default": _default(1500, 40),
-    "slow": _default(4000, 150),
+    "slow": _default(4000, 135),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
