@@ -11,7 +11,8 @@ from clric_decoder import decode, read_header
 from clric_decoder.autoencoder import decode_tiled, open_decoder
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.networks import load_decoder_network
-from clric_export.losses import Lpips, ms_ssim
+from clric_encoder.training.distortion import ms_ssim, structure
+from clric_export.losses import Lpips
 from PIL import Image
 
 # Crops with what small decoders fail at: saturated colours, a face, text, an edge against the sky.
@@ -78,7 +79,7 @@ def figures(shared: Path) -> dict[tuple[str, str], np.ndarray]:
                 images["lite"] = torch.from_numpy(decode_tiled(lite, latent)).permute(2, 0, 1)[None]
                 for decoder, image in images.items():
                     psnr = -10 * (image - pixels).square().mean().log10()
-                    row = [float(psnr), float(ms_ssim(image, pixels)), float(lpips(image, pixels))]
+                    row = [float(psnr), float(ms_ssim(image, structure(pixels))), float(lpips(image, pixels))]
                     rows.setdefault((encoder, decoder), []).append(row)
     return {pair: np.mean(row, 0) for pair, row in rows.items()}
 
