@@ -1,4 +1,4 @@
-"""Fixtures that every wing's tests share: streams and decoders that need no download, and the commands."""
+"""Fixtures that all tests share: streams and decoders that need no download, and the commands."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
 """Latent spaces, the autoencoders that serve each, and where their files lie.
 
 Takes names and folders, gives paths and manifests. Imports neither torch nor onnxruntime: the encoder and
-export wings build on the same tables and the same search. Files are looked at with os.path, not pathlib, whose
+export packages build on the same tables and the same search. Files are looked at with os.path, not pathlib, whose
 answer to a folder without permission is an exception.
 
 Files are searched for in the folder given by ``--models``, in the folders of ``$CLRIC_MODELS`` (separated as

@@ -1,4 +1,4 @@
-"""What the commands of all wings have in common: one-line errors, exit codes, and where outputs go.
+"""What the commands of all packages have in common: one-line errors, exit codes, and where outputs go.
 
 Exit codes: 0 for success, 1 where an input failed (the others are still done), 2 for a wrong command line,
 130 for Ctrl-C.

@@ -1,4 +1,4 @@
-"""The wings: the arrows between them run one way, and a client needs no more than the base distribution."""
+"""The packages: the dependencies between them run one way, and a client needs no more than the base distribution."""
 
 import ast
 import json
@@ -14,13 +14,13 @@ from clric_decoder import decode_latent
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = {
+PACKAGES = {
     "clric_decoder": ROOT / "decoder",
     "clric_encoder": ROOT / "encoder",
     "clric_export": ROOT / "export",
 }
 
-# What each wing must not import, at the top of a file or anywhere in it.
+# What each package must not import, at the top of a file or anywhere in it.
 FORBIDDEN = {
     "clric_decoder": {"torch", "torchvision", "diffusers", "onnx", "scipy", "clric_encoder", "clric_export"},
     "clric_encoder": {"clric_export"},
@@ -31,9 +31,9 @@ FORBIDDEN = {
 CLIENT = {"numpy", "PIL", "click", "platformdirs", "constriction", "onnxruntime"}
 
 
-def imports(wing: str) -> Iterator[tuple[str, str, bool]]:
+def imports(package: str) -> Iterator[tuple[str, str, bool]]:
     """(file and line, top-level module, whether it is imported with the file) of every absolute import."""
-    files = list(WINGS[wing].rglob("*.py"))
+    files = list(PACKAGES[package].rglob("*.py"))
     assert files
     for file in files:
         tree = ast.parse(file.read_text())
@@ -48,9 +48,9 @@ def imports(wing: str) -> Iterator[tuple[str, str, bool]]:
                 yield where, name.split(".")[0], node in tree.body
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_arrows_run_one_way(wing: str) -> None:
-    assert [(where, module) for where, module, _ in imports(wing) if module in FORBIDDEN[wing]] == []
+@pytest.mark.parametrize("package", PACKAGES)
+def test_arrows_run_one_way(package: str) -> None:
+    assert [(where, module) for where, module, _ in imports(package) if module in FORBIDDEN[package]] == []
 
 
 def test_decoder_imports_what_a_client_has() -> None:
