@@ -33,11 +33,11 @@ from clric_encoder.networks import (
     receptive_halo,
     small_encoder,
 )
-from clric_encoder.training.distortion import ms_ssim, structure
+from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from PIL import Image
 from torch import Tensor, nn
 
-from .losses import Lpips, flatness_loss
+from .losses import Lpips
 from .muon import Muon
 from .onnx import write_decoder
 
@@ -255,7 +255,7 @@ def train_decoder(
         total = total + TEACHER_PIXELS_WEIGHT * F.l1_loss(image, taught)
         total = total + PHOTO_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels, scales=4)))
         total = total + TEACHER_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(taught, scales=4)))
-        total = total + FLATNESS_WEIGHT * flatness_loss(image, pixels)
+        total = total + FLATNESS_WEIGHT * flatness_loss(image, flat_areas(pixels))
         if lpips is not None and iteration >= settings.plain * settings.iterations:
             # Half of the batch: LPIPS of a crop costs as much as its decoding, and more crops teach more.
             half = len(image) // 2

@@ -1,4 +1,4 @@
-"""Losses of image decoders in training: flat areas, and features (LPIPS).
+"""The loss of image decoders in training that clric-enc does not have: features of SqueezeNet (LPIPS).
 
 Images are [N, 3, H, W] float32, RGB in [0, 1].
 """
@@ -13,20 +13,6 @@ from torch import Tensor, nn
 
 # The torchvision layers of squeezenet1_1 after whose last one LPIPS compares features.
 _LPIPS_SLICES = ((0, 1), (3, 4), (6, 7), (9,), (10,), (11,), (12,))
-
-
-def flatness_loss(image: Tensor, reference: Tensor) -> Tensor:
-    """Mean error of neighbouring pixels' differences where the reference is flat.
-
-    A mesh of a few grey levels in a flat area is below what MS-SSIM's constants and LPIPS notice; eyes do. Flat is
-    where differences average less than about 0.02 over 9 x 9 pixels.
-    """
-    total = image.new_zeros(())
-    for axis in (2, 3):
-        error = (image.diff(dim=axis) - reference.diff(dim=axis)).abs()
-        activity = F.avg_pool2d(reference.diff(dim=axis).abs().mean(1, keepdim=True), 9, 1, 4)
-        total = total + (error * torch.exp(-((activity / 0.02) ** 2))).mean()
-    return total
 
 
 class Lpips(nn.Module):

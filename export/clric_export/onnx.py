@@ -33,8 +33,9 @@ PARITY_SIZES = ((8, 8), (13, 21))
 # the same weights, five steps where the weights were rounded to fp16, a few more in single pixels for int8.
 PARITY_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
 
-# Smaller tensors (biases, constants) stay float32: they weigh nothing.
-_LARGE = 1024
+# Smaller tensors stay float32: biases, constants, and the last layer, whose rounding errors are a mesh in flat areas.
+# They weigh nothing.
+_LARGE = 2048
 
 
 def write_decoder(

@@ -39,13 +39,12 @@ from clric_encoder.networks import (
     receptive_halo,
     small_encoder,
 )
-from clric_encoder.training.distortion import ms_ssim, structure
+from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from clric_encoder.training.features import LpipsVgg, PerceptualDistance, load_features
 from torch import Tensor, nn
 
 from .crops import Crops
 from .distill import save_encoder
-from .losses import flatness_loss
 from .muon import Muon
 from .onnx import write_decoder
 from .prior import Prior
@@ -333,7 +332,7 @@ class _Run:
             "pixels": PIXELS_WEIGHT * F.l1_loss(image, pixels),
             "colour": COLOUR_WEIGHT * F.l1_loss(F.avg_pool2d(image, 8), F.avg_pool2d(pixels, 8)),
             "structure": STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels))),
-            "flatness": FLATNESS_WEIGHT * flatness_loss(image, pixels),
+            "flatness": FLATNESS_WEIGHT * flatness_loss(image, flat_areas(pixels)),
             "perceptual": self._perceptual(image, pixels, random),
             "mesh": MESH_WEIGHT * mesh_loss(image, pixels),
             "ripple": RIPPLE_WEIGHT * ripple_loss(self._decoder, vectors),

@@ -12,11 +12,11 @@ from clric_decoder.autoencoder import decode_image, decode_tiled, open_decoder
 from clric_decoder.errors import ClricError, ModelError
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.networks import SmallDecoder, load_decoder_network, small_encoder
-from clric_encoder.training.distortion import ms_ssim, structure
+from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from clric_export import distill as distillation
 from clric_export.cli import command
 from clric_export.distill import Photos, Settings, distill, train_decoder
-from clric_export.losses import Lpips, flatness_loss
+from clric_export.losses import Lpips
 from clric_export.muon import Muon
 from diffusers import AutoencoderTiny
 from PIL import Image
@@ -72,9 +72,9 @@ def test_ms_ssim_is_the_published_measure() -> None:
 def test_a_mesh_costs_where_the_photo_is_flat() -> None:
     flat, busy = torch.full((1, 3, 64, 64), 0.5), torch.rand(1, 3, 64, 64)
     mesh = 0.01 * (torch.arange(64) % 2 * 2 - 1).expand(64, 64)
-    assert flatness_loss(flat, flat) == 0
-    assert flatness_loss(flat + mesh, flat) == pytest.approx(0.02, rel=1e-3)  # along one axis
-    assert flatness_loss(busy + mesh, busy) < 1e-6
+    assert flatness_loss(flat, flat_areas(flat)) == 0
+    assert flatness_loss(flat + mesh, flat_areas(flat)) == pytest.approx(0.02, rel=1e-3)  # along one axis
+    assert flatness_loss(busy + mesh, flat_areas(busy)) < 1e-6
 
 
 def test_lpips_of_a_known_pair(shared: Path) -> None:
