@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SIDE = 224
 
 # Photo, left and top of the crop: a face, letters, foliage, a sky.
-CROPS = {"kodim04": (190, 110), "kodim08": (300, 250), "kodim13": (380, 40), "kodim20": (330, 40)}
-LAMBDA = 0.8
+CROPS = {"kodim04": (190, 110), "kodim08": (300, 250), "kodim13": (380, 40), "kodim20": (300, 160)}
+LAMBDA = 0.45
 
 
 def main() -> None:

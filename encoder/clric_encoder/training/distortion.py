@@ -33,6 +33,9 @@ PIXELS_WEIGHT, STRUCTURE_WEIGHT, PERCEPTUAL_WEIGHT, FLATNESS_WEIGHT = 6.0, 0.25,
 # Differences of neighbouring pixels, on average over 9 x 9 pixels, below which an area is flat.
 FLAT, FLAT_WINDOW = 0.02, 9
 
+# The same, below which features do not count.
+FEATURELESS = 0.008
+
 # D's curvature in units of the latent's mean squared error: 0.58 to 0.86 on three photos, from D of random changes of
 # the latent of deviation 0.3.
 CURVATURE = 0.7
@@ -202,7 +205,8 @@ class ImageDistortion:
                     features = [self._perceptual.features(pixels[..., y:, x:]) for y, x in CORNERS]
                 share = cut.size / image.size
                 core = (slice(top, bottom), slice(left, right))
-                tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat_areas(pixels), flatness(pixels), features))
+                flat = flat_areas(pixels)
+                tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat, flatness(pixels), features))
         return tiles
 
 
@@ -265,7 +269,7 @@ def flatness(image: Tensor) -> Tensor:
         change = image.diff(dim=axis).abs().mean(1, keepdim=True)
         padding = (0, 0, 0, 1) if axis == 2 else (0, 1)
         activity = activity + F.avg_pool2d(F.pad(change, padding), FLAT_WINDOW, 1, FLAT_WINDOW // 2) / 2
-    return torch.exp(-((activity / FLAT) ** 2))
+    return torch.exp(-((activity / FEATURELESS) ** 2))
 
 
 def flatness_loss(image: Tensor, original: list[tuple[int, Tensor, Tensor]]) -> Tensor:
