@@ -1,4 +1,4 @@
-"""Crops of photos, untuned and tuned, beside AVIF of the tuned file's size: writes docs/crops.png.
+"""Crops of photos, untuned and tuned, beside AVIF of the tuned file's size: writes docs/crops.jpg.
 
 Needs ../shared with its photos. usage: python examples/crops.py
 """
@@ -39,7 +39,7 @@ def main() -> None:
             crop = Image.fromarray(picture[top : top + SIDE, left : left + SIDE])
             panels.append((np.asarray(crop.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST)), label))
         rows.append(panels)
-    Image.fromarray(side_by_side(rows)).save(ROOT / "docs/crops.png", optimize=True)
+    Image.fromarray(side_by_side(rows)).save(ROOT / "docs/crops.jpg", quality=90)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 from clric_decoder.errors import ClricError, one_line
-from clric_decoder.models import AUTOENCODERS, cache_folder
+from clric_decoder.models import AUTOENCODERS, cache_folder, find_autoencoder
 from clric_decoder.terminal import for_each, run_command
 
 if TYPE_CHECKING:
@@ -277,10 +277,11 @@ def features(
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:
     """Writes the files, and gives a line about each. Raises ClricError, whatever goes wrong."""
+    if find_autoencoder(name).kind == "lite":
+        raise ClricError(f"the decoder of {name} comes with clric as ONNX: there is nothing to export")
     with _libraries():
-        from clric_encoder.networks import load_decoder_network
-
         from .onnx import write_decoder  # torch takes seconds to import, --help should not
+    from clric_encoder.networks import load_decoder_network
 
     decoder = load_decoder_network(name, models)
     for precision in precisions:

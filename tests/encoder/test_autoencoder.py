@@ -10,7 +10,7 @@ import pytest
 import torch
 from clric_decoder.errors import ModelError
 from clric_decoder.models import AUTOENCODERS, LATENT_SPACES
-from clric_encoder import autoencoder
+from clric_encoder import autoencoder, networks
 from clric_encoder.autoencoder import load_encoder
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
@@ -64,7 +64,7 @@ def test_odd_sizes_are_continued_by_their_edges(size: tuple[int, int], shared: P
 
 def test_diffusers_layout_gives_the_same_latent(shared: Path, photo: np.ndarray, tmp_path: Path) -> None:
     """The files of the hub and the family's own ones differ in layout and input range, not in the latent."""
-    weights = autoencoder._read_weights(shared / "models/taesd/taesd_encoder.safetensors")
+    weights = networks._read_weights(shared / "models/taesd/taesd_encoder.safetensors")
     vae = AutoencoderTiny()
     vae.encoder.layers.load_state_dict(weights)
     vae.save_pretrained(tmp_path / "taesd")

@@ -63,14 +63,16 @@ def test_the_target_moves_against_the_gradient_of_the_loss(face: np.ndarray, lit
     gradient = (latent - image.targets) * (2 * distortion.CURVATURE / latent.numel())
     losses = []
     for step in (-1e-4, 1e-4):
+        image._looks = 0  # each look reads features from another corner
         image.look(latent + step * direction, [0])
         losses.append(image.losses.double().item())
     assert (losses[1] - losses[0]) / 2e-4 == pytest.approx((gradient * direction).sum().item(), rel=0.1)
 
 
 def test_tiles_see_what_the_whole_sees(face: np.ndarray, lite: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Squared errors: windows and features end at a tile's edge."""
-    monkeypatch.setattr(distortion, "STRUCTURE_WEIGHT", 0.0)
+    """Squared errors: windows, features and differences end at a tile's edge."""
+    for weight in ("STRUCTURE_WEIGHT", "FLATNESS_WEIGHT"):
+        monkeypatch.setattr(distortion, weight, 0.0)
     latent = torch.from_numpy(load_encoder("lite").encode(face))[None]
     whole = ImageDistortion([face], latent, lite, None)
     assert lite.halo is not None
@@ -221,10 +223,10 @@ def test_taesd_as_the_decoder(shared: Path, face: np.ndarray) -> None:
     pictures: list[np.ndarray] = []
     sizes = []
     for tune in ("none", "taesd"):
-        data = encode(small, vae="taesd", preset="quick", tune=tune, models=shared / "models")
+        data = encode(small, vae="taesd", bpp=0.3, preset="fast", tune=tune, models=shared / "models")
         sizes.append(len(data))
         with torch.inference_mode():
             image = decoder.run(torch.from_numpy(decode_latent(data))[None])[0].clamp(0, 1)
         pictures.append((255 * image).permute(1, 2, 0).numpy())
-    assert sizes[1] <= sizes[0]
-    assert psnr(small, pictures[1]) > psnr(small, pictures[0])
+    assert max(sizes) <= 0.3 * 96 * 96 / 8
+    assert psnr(small, pictures[1]) > psnr(small, pictures[0]) + 0.5

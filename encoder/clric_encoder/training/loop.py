@@ -36,7 +36,8 @@ NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is look
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
 FINISHING = Stage(20, "soft", (0.0, 0.0), (0.004, 0.0008), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
-FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0  # sizes that miss by more are trained at so many times the rates
+# On images, whose targets move, sizes that miss by more are trained at so many times these rates
+FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0
 FINISHING_LOOKS = 10  # iterations between two looks at the image, where that is what is trained on
 
 # Lambda of the training on images as a multiple of that on latents, and what it leaves of a file, about: more than that
@@ -548,7 +549,7 @@ class _Trainer:
                 break
             self.lmbdas[missed] = control.last_lambdas(self.lmbdas, current)[missed]
             miss = control.largest_miss([size if i in missed else sizes[i] for i, size in enumerate(current)])
-            stronger = min(max(1.0, miss / FINISHING_MISS), FINISHING_STRONGEST)
+            stronger = min(max(1.0, miss / FINISHING_MISS), FINISHING_STRONGEST) if self.distortion.moves else 1.0
             rates = stage.grid_rate[0] * stronger, stage.grid_rate[1] * stronger
             picked = state.pick(missed)
             picked.grid_optimizer = Adam(picked.packed, self.preset.betas)
