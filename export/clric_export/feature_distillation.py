@@ -28,8 +28,8 @@ from torch import Tensor, nn
 # A crop in pixels, and the part of it that is compared, at a place that does not follow the decoder's raster of 8.
 CROP, COMPARED = 128, 112
 
-# Photos that validation alone sees.
-HELD_OUT = 12
+# Photos that validation alone sees, and examples that it has of them in each pool.
+HELD_OUT, VALIDATION = 12, 96
 
 # A descent: steps that are kept, crops side by side, and the learning rate as a share of the quantisation step.
 STEPS, SIDE_BY_SIDE, DESCENT_RATE = 5, 8, 0.2
@@ -95,12 +95,12 @@ def distill_features(
 
     torch.manual_seed(seed)
     student = FeatureNetwork()
-    validation = [pool("validation-teacher", files[:HELD_OUT], None, 96, 1000)]
+    validation = [pool("validation-teacher", files[:HELD_OUT], None, VALIDATION, 1000)]
     pools: list[Pool] = []
     for number in range(rounds):
         pools.append(pool(f"pool-{number}", files[HELD_OUT:], student if number else None, pool_size, number))
         if number:
-            validation[1:] = [pool(f"validation-{number}", files[:HELD_OUT], student, 96, 1000 + number)]
+            validation[1:] = [pool(f"validation-{number}", files[:HELD_OUT], student, VALIDATION, 1000 + number)]
         checkpoint = folder / f"student-{number}.safetensors"
         if checkpoint.exists():
             student.load_state_dict(safetensors.torch.load_file(checkpoint))
