@@ -133,9 +133,9 @@ def _default(iterations: int, looks: int) -> Preset:
 
 
 PRESETS = {
-    "fast": _default(350, 9),
+    "fast": _default(300, 5),
     "default": _default(1500, 40),
-    "slow": _default(4000, 135),
+    "slow": _default(4000, 175),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
