@@ -1,1 +1,1 @@
-"""The export wing of clric: the decoder half of a diffusers VAE becomes an ONNX file that clric-dec runs."""
+"""The export package of clric: the decoder half of a diffusers VAE becomes an ONNX file that clric-dec runs."""

@@ -145,8 +145,8 @@ def distill(
     onnx = folder / str(write_decoder(result, folder, "int8", stem=name)["file"])
 
     settings = Settings(iterations // 2, seed, plain=0.6)
-    painters = decoder.to(device).train().requires_grad_(False), teacher_decoder.requires_grad_(False)
-    train_encoder(encoder, data, settings, folder / "encoder", painters, features, device, report)
+    frozen_decoders = decoder.to(device).train().requires_grad_(False), teacher_decoder.requires_grad_(False)
+    train_encoder(encoder, data, settings, folder / "encoder", frozen_decoders, features, device, report)
     weights = folder / f"{name}_encoder.safetensors"
     save_encoder(encoder, source.space, weights)
     return [onnx, onnx.with_suffix(".json"), weights]

@@ -165,12 +165,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     image = np.asarray(Image.open(photos / "1.png"))
     latent = load_encoder(str(encoder)).encode(image)
     assert latent.shape == (4, 24, 25)
-    painter = open_decoder(decoder, "sd1")
-    assert decode_image(painter, latent, 200, 192).shape == (192, 200, 3)
+    image_decoder = open_decoder(decoder, "sd1")
+    assert decode_image(image_decoder, latent, 200, 192).shape == (192, 200, 3)
     # Tiles with the manifest's halo are exact.
     latent = np.random.default_rng(0).standard_normal((4, 70, 40)).astype(np.float32)
-    whole = decode_tiled(painter, latent, 70 * 40)
-    np.testing.assert_allclose(decode_tiled(painter, latent, 1), whole, atol=1e-5)
+    whole = decode_tiled(image_decoder, latent, 70 * 40)
+    np.testing.assert_allclose(decode_tiled(image_decoder, latent, 1), whole, atol=1e-5)
 
 
 def test_a_run_begins_with_the_weights_of_another(

@@ -36,7 +36,7 @@ class PerceptualDistance(Protocol):
     """
 
     def features(self, image: Tensor) -> Features:
-        """[N, C, h, w] for each layer that is compared."""
+        """[N, C, h, w] for each layer that is compared, in the type that the layer computes in."""
 
     def distance(self, a: Features, b: Features) -> Tensor:
         """[N], 0 for equal features."""
@@ -65,7 +65,7 @@ class FeatureNetwork(nn.Module):
         result = []
         for layer in self.layers:
             x = F.silu(layer(x))
-            result.append(x.float())
+            result.append(x)
         return result
 
     def distance(self, a: Features, b: Features) -> Tensor:
@@ -104,7 +104,7 @@ class LpipsVgg(nn.Module):
                 x = F.max_pool2d(x, 2)
             x = F.relu(layer(x))
             if number in _VGG_TAPS:
-                result.append(x.float())
+                result.append(x)
         return result
 
     def distance(self, a: Features, b: Features) -> Tensor:
@@ -123,9 +123,9 @@ def load_features(path: Path = WEIGHTS) -> FeatureNetwork:
 
 
 def _weighted_distance(a: Features, b: Features, heads: list[Tensor]) -> Tensor:
-    result = a[0].new_zeros(len(a[0]))
+    result = heads[0].new_zeros(len(a[0]))
     for x, y, head in zip(a, b, heads, strict=True):
-        difference = (_unit_length(x) - _unit_length(y)).square()
+        difference = (_unit_length(x.float()) - _unit_length(y.float())).square()
         result = result + (difference * head[:, None, None]).sum(1).mean((1, 2))
     return result
 
