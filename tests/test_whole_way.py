@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from clric_decoder import ModelError, decode, read_header
 from clric_encoder.networks import load_decoder_network
-from clric_export.onnx import write_decoder
+from clric_export.onnx import write_network
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -27,7 +27,7 @@ def decoders(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ONNX decoders: TAESD's, TAESDXL's, and one of Stable Diffusion v1.4's shape, random and narrow."""
     folder = tmp_path_factory.mktemp("decoders")
     for name in ("taesd", "taesdxl"):
-        write_decoder(load_decoder_network(name, shared / "models"), folder, "fp32")
+        write_network(load_decoder_network(name, shared / "models"), folder, "fp32")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -35,7 +35,7 @@ def decoders(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers_per_block=2,
         latent_channels=4,
     ).save_pretrained(folder / "sd14")
-    write_decoder(load_decoder_network("sd14", folder), folder, "fp32")
+    write_network(load_decoder_network("sd14", folder), folder, "fp32")
     return folder
 
 

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # The decoder of a latent space that is taken where none is named: the smallest there is.
-DEFAULT_DECODERS = {"sd1": "lite", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1", "flux2": "taef2"}
+DEFAULT_DECODERS = {
+    "sd1": "lite",
+    "sdxl": "taesdxl",
+    "sd3": "taesd3",
+    "flux1": "taef1",
+    "flux2": "taef2",
+    "clric": "small",
+}
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

@@ -41,6 +41,7 @@ LATENT_SPACES: dict[str, LatentSpace] = {
         LatentSpace("sd3", 3, 16),  # Stable Diffusion 3: (raw - 0.0609) * 1.5305
         LatentSpace("flux1", 4, 16),  # FLUX.1: (raw - 0.1159) * 0.3611
         LatentSpace("flux2", 5, 32),  # FLUX.2: normalised for its diffusion model, not in patches
+        LatentSpace("clric", 6, 8),  # clric's own, of the autoencoder `small`
     )
 }
 
@@ -49,8 +50,8 @@ LATENT_SPACES: dict[str, LatentSpace] = {
 class Autoencoder:
     """A published VAE: its latent space, its files and its licence.
 
-    ``kind``: ``tiny`` is the TAESD family, ``kl`` is diffusers' AutoencoderKL, ``lite`` is clric's own, with an
-        encoder of TAESD's kind and a decoder that exists as ONNX only. Both halves come with clric.
+    ``kind``: ``tiny`` is the TAESD family, ``kl`` is diffusers' AutoencoderKL. ``lite``, an encoder of TAESD's kind and
+        a decoder that exists as ONNX only, and ``small``, both of whose halves are ONNX, come with clric.
     ``encoder_stem``, ``decoder_stem``: names of the local weights of each half, without .safetensors or .pth;
         None where a model comes as one diffusers folder or as ONNX only.
     ``hub_repo``, ``hub_subfolder``: where the diffusers layout lies on the Hugging Face hub; None where there
@@ -62,7 +63,7 @@ class Autoencoder:
 
     name: str
     space: str
-    kind: Literal["tiny", "kl", "lite"]
+    kind: Literal["tiny", "kl", "lite", "small"]
     encoder_stem: str | None
     decoder_stem: str | None
     hub_repo: str | None
@@ -93,6 +94,9 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     autoencoder.name: autoencoder
     for autoencoder in (
         Autoencoder(
+            "small", "clric", "small", None, None, None, None, 1.0, 0.0, "BSD-3-Clause", "comes with clric"
+        ),
+        Autoencoder(
             "lite", "sd1", "lite", "lite_encoder", None, None, None, 1.0, 0.0, "BSD-3-Clause", "comes with clric"
         ),
         _kl("sd14", "sd1", "CompVis/stable-diffusion-v1-4", 0.18215, "OpenRAIL-M"),
@@ -115,7 +119,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
 # The encoders of kind tiny and lite: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image's size, and channels.
 ENCODER_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {"tiny": ((1, 3, 3, 3), 64), "lite": ((0, 1, 2, 3), 48)}
 
-# What comes with clric: the decoder of the autoencoder ``lite``.
+# What comes with clric: the decoders of the autoencoders ``small`` and ``lite``.
 WEIGHTS = Path(__file__).parent / "weights"
 
 Half = Literal["encoder", "decoder"]
@@ -214,14 +218,24 @@ def find_decoder(
     Returns (path, manifest as clric-export writes it). Raises ModelError for what is missing or damaged.
     """
     path = _decoder_path(os.fspath(name_or_path), models)
+    return path, check_manifest(path, "decoder")
+
+
+def check_manifest(path: Path, half: Half) -> dict[str, Any]:
+    """The manifest of an ONNX file, as clric-export writes it, which is compared with it.
+
+    Raises ModelError for what is missing, damaged, or of the other half of an autoencoder.
+    """
     manifest = _read_manifest(path)
+    if manifest.get("half", half) != half:
+        raise ModelError(f"{path} holds an autoencoder's {manifest['half']}, not its {half}")
     digest = _sha256(path)
     if digest != manifest["sha256"]:
         raise ModelError(
             f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 {digest[:16]},"
             f" expected {manifest['sha256'][:16]}); export or download it again"
         )
-    return path, manifest
+    return manifest
 
 
 def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[str] | None = None) -> None:

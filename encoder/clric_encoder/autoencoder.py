@@ -10,13 +10,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .networks import load_decoder_network, load_encoder_network, load_small_encoder
+from .networks import load_decoder_network, load_encoder_network
 from .training.distortion import ImageDecoder
 
 # The layers up to the last stride bring the image to an eighth of its size; only they work at sizes where memory
@@ -33,6 +32,9 @@ _KL_HALO = 16
 # float32 at full size, several of them alive at a time.
 _TINY_PIXELS = 768 * 768
 _KL_PIXELS = 1024 * 1024
+
+# A SmallEncoder has 80 channels at a quarter of the size.
+_SMALL_PIXELS = 2048 * 2048
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,19 @@ class ImageEncoder:
 
 
 def load_encoder(name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu") -> ImageEncoder:
-    """The encoder of the autoencoder of this name or alias, float32 on `device`.
+    """The encoder of the autoencoder of this name, alias or path, float32 on `device`.
 
-    Weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among
-    those that come with clric, in the cache of the Hugging Face hub, and on the hub. ``name`` may also be the path
-    of an encoder that clric-export distill made (.safetensors). Raises ModelError for missing or damaged ones.
+    It is found as `networks.load_encoder_network` says. Raises ModelError for missing or damaged weights.
     """
-    if name.endswith(".safetensors"):
-        space, layers = load_small_encoder(Path(name))
-        return ImageEncoder(Path(name).stem, space, _tiny_run(layers.to(device), device))
-    autoencoder, module = load_encoder_network(name, models)
-    module = module.to(device)
+    network = load_encoder_network(name, models)
+    module = network.module.to(device)
     if isinstance(module, nn.Sequential):
         run = _tiny_run(module, device)
+    elif network.halo is not None:
+        run = partial(_in_tiles, module, halo=network.halo, limit=_SMALL_PIXELS, blend=False, device=device)
     else:
         run = partial(_in_tiles, module, halo=_KL_HALO, limit=_KL_PIXELS, blend=True, device=device)
-    return ImageEncoder(autoencoder.name, autoencoder.space, run)
+    return ImageEncoder(network.name, network.space, run)
 
 
 def load_decoder(name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu") -> ImageDecoder:

@@ -5,6 +5,8 @@ Whatever a VAE's own conventions, the modules have these:
 
     encoder: image [N, 3, 8h, 8w] float32, RGB in [0, 1]  ->  latent [N, C, h, w] float32, scaled as the codec's
     decoder: latent -> image; in training mode not clamped to [0, 1], since a gradient would end there
+
+Networks that exist as ONNX only are those of clric-export's making, whose layers are known here.
 """
 
 import os
@@ -26,6 +28,7 @@ from clric_decoder.models import (
     LATENT_SPACES,
     Autoencoder,
     Half,
+    check_manifest,
     find_autoencoder,
     find_decoder,
     find_weights,
@@ -38,17 +41,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-# What comes with clric: the encoder of the autoencoder ``lite``.
-_WEIGHTS = Path(__file__).parent / "weights"
+# What comes with clric: the encoders of the autoencoders ``small`` and ``lite``.
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
-class DecoderNetwork:
-    """An image decoder in eval mode, its weights frozen: see `load_decoder_network`.
+class Network:
+    """One half of an autoencoder in eval mode, its weights frozen: see `load_encoder_network`, `load_decoder_network`.
 
-    halo: how many latents around a tile its pixels depend on; None where all depend on all.
+    halo: how many latents around a tile what it gives depends on; None where it depends on all, or the tiles are not
+    the network's but its first layers'.
     """
 
+    half: Half
     name: str
     space: str
     channels: int
@@ -58,47 +63,45 @@ class DecoderNetwork:
     module: nn.Module
 
 
-def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None) -> tuple[Autoencoder, nn.Module]:
-    """The encoder of the autoencoder of this name or alias, float32 on the CPU, in eval mode.
+def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None) -> Network:
+    """The encoder of the autoencoder of this name or alias, float32 on the CPU.
 
-    Weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among
-    those that come with clric, in the cache of the Hugging Face hub, and on the hub. Raises ModelError for missing or
-    damaged ones. The module of kinds tiny and lite is an nn.Sequential of the layers of TAESD's encoder.
+    ``name`` may also be the path of an encoder that clric-export train (.onnx) or distill (.safetensors) made. Other
+    weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among those
+    that come with clric, in the cache of the Hugging Face hub, and on the hub. Raises ModelError for missing or damaged
+    ones. The module of kinds tiny and lite is an nn.Sequential of the layers of TAESD's encoder.
     """
+    if name.endswith(".onnx"):
+        return _load_small_encoder(Path(name))
+    if name.endswith(".safetensors"):
+        return _load_distilled_encoder(Path(name))
     autoencoder = find_autoencoder(name)
+    if autoencoder.kind == "small":
+        return _load_small_encoder(WEIGHTS / f"{autoencoder.name}_encoder.onnx")
     path = find_weights(autoencoder, "encoder", models) or _packaged(autoencoder)
     path = path or _hub_folder(autoencoder, "encoder", models)
+    channels = LATENT_SPACES[autoencoder.space].channels
+    module: nn.Module
     if autoencoder.kind == "kl":
         vae = _load_kl(autoencoder, path)
         vae.decoder = None  # more than half of the weights, of no use here
-        return autoencoder, KLEncoder(vae, autoencoder.scaling, autoencoder.shift).eval()
-    if path.is_dir():
-        return autoencoder, _tiny_vae(autoencoder, path).encoder.layers.eval()
-    channels = LATENT_SPACES[autoencoder.space].channels
-    return autoencoder, _tiny_encoder(autoencoder.kind, channels, path, f"encoder of {autoencoder.name}").eval()
+        module = KLEncoder(vae, autoencoder.scaling, autoencoder.shift)
+    elif path.is_dir():
+        module = _tiny_vae(autoencoder, path).encoder.layers
+    else:
+        module = _tiny_encoder(autoencoder.kind, channels, path, f"encoder of {autoencoder.name}")
+    return _of_autoencoder(autoencoder, "encoder", None, module)
 
 
-def load_small_encoder(path: Path) -> tuple[str, nn.Sequential]:
-    """The latent space and the layers of a small encoder, whose file names its space in its metadata."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            space = LATENT_SPACES[(file.metadata() or {})["latent_space"]]
-    except FileNotFoundError as error:
-        raise ModelError(f"encoder file {path} does not exist") from error
-    except Exception as error:  # safetensors' own, OSError, KeyError
-        raise ModelError(f"{path} is no encoder of clric-export distill: {brief(error)}") from error
-    return space.name, _tiny_encoder("lite", space.channels, path, "encoder of clric-export distill").eval()
-
-
-def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None) -> DecoderNetwork:
+def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None) -> Network:
     """The image decoder of this name, alias or path of an ONNX file, float32 on the CPU.
 
     Weights of the TAESD family and of diffusers' AutoencoderKL are looked for as `load_encoder_network` does. Decoders
-    that exist as ONNX, `lite` among them, are found by clric_decoder.models.find_decoder; they must be of
-    clric-export's making, whose networks are known here. Raises ModelError for missing, damaged and unknown ones.
+    that exist as ONNX, `small` and `lite` among them, are found by clric_decoder.models.find_decoder; they must be of
+    clric-export's making. Raises ModelError for missing, damaged and unknown ones.
     """
-    if name.endswith(".onnx") or find_autoencoder(name).kind == "lite":
-        return _load_onnx(name, models)
+    if name.endswith(".onnx") or find_autoencoder(name).kind in ("small", "lite"):
+        return _load_onnx_decoder(name, models)
     autoencoder = find_autoencoder(name)
     path = find_weights(autoencoder, "decoder", models) or _hub_folder(autoencoder, "decoder", models)
     halo: int | None
@@ -114,15 +117,7 @@ def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None
             state = {_without_clamp(key): tensor for key, tensor in _read_weights(path).items()}
             layers = _tiny_decoder(channels, state, f"{path} holds no decoder of {autoencoder.name}")
         module, halo = TinyDecoder(layers), receptive_halo(layers)
-    return DecoderNetwork(
-        autoencoder.name,
-        autoencoder.space,
-        LATENT_SPACES[autoencoder.space].channels,
-        halo,
-        autoencoder.licence,
-        autoencoder.source,
-        module.eval().requires_grad_(False),
-    )
+    return _of_autoencoder(autoencoder, "decoder", halo, module)
 
 
 class TinyBlock(nn.Module):
@@ -245,7 +240,44 @@ def receptive_halo(layers: nn.Sequential) -> int | None:
     return max(-first, last)
 
 
-def small_encoder(channels: int) -> nn.Sequential:
+class SmallEncoder(nn.Module):
+    """Image [N, 3, 8h, 8w], RGB in [0, 1] -> latent [N, C, h, w]; 39,000 MAC/pixel.
+
+    Blocks of 4 x 4 pixels are the channels of the first convolution: all the work is at 1/4 and 1/8 of the image's
+    size, where channels are wide. ``widths``, ``blocks``: channels and residual blocks at these two.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, int] = (80, 128), blocks: tuple[int, int] = (3, 3)) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(3 * 16, widths[0], 3, padding=1),
+            *(SmallBlock(widths[0]) for _ in range(blocks[0])),
+            nn.Conv2d(widths[0], widths[1], 3, stride=2, padding=1),
+            *(SmallBlock(widths[1]) for _ in range(blocks[1])),
+            nn.ReLU(),
+            nn.Conv2d(widths[1], channels, 3, padding=1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        latent: Tensor = self.layers(2 * image - 1)
+        return latent
+
+    @property
+    def halo(self) -> int:
+        """The latents on each side on whose pixels one latent depends."""
+        reach = 0
+        for layer in reversed(list(self.layers)):
+            if isinstance(layer, nn.PixelUnshuffle):
+                reach = 4 * reach + 3
+            elif isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+                reach = 2 * reach + 1
+            else:
+                reach += sum(module.kernel_size[0] // 2 for module in layer.modules() if isinstance(module, nn.Conv2d))
+        return -(-reach // 8)
+
+
+def lite_encoder(channels: int) -> nn.Sequential:
     """Image [N, 3, 8h, 8w], RGB in [0, 1] -> latent [N, C, h, w], with random weights; 34,000 MAC/pixel."""
     return _encoder_layers("lite", channels, pooled=())
 
@@ -293,28 +325,85 @@ def _pooled(state: dict[str, Tensor]) -> set[int]:
     return {int(key.split(".")[0]) for key in state if key.split(".")[1:2] == ["pool"]}
 
 
-def _load_onnx(name: str, models: str | os.PathLike[str] | None) -> DecoderNetwork:
-    """A decoder from the initializers of its ONNX file, which keep torch's names (clric_export/onnx.py)."""
+def _of_autoencoder(autoencoder: Autoencoder, half: Half, halo: int | None, module: nn.Module) -> Network:
+    return Network(
+        half,
+        autoencoder.name,
+        autoencoder.space,
+        LATENT_SPACES[autoencoder.space].channels,
+        halo,
+        autoencoder.licence,
+        autoencoder.source,
+        module.eval().requires_grad_(False),
+    )
+
+
+def _of_manifest(manifest: dict[str, Any], half: Half, module: nn.Module) -> Network:
+    licence, source = (str(manifest.get(field, "")) for field in ("licence", "source"))
+    return Network(
+        half,
+        manifest["name"],
+        manifest["latent_space"],
+        manifest["channels"],
+        manifest["halo"],
+        licence,
+        source,
+        module.eval().requires_grad_(False),
+    )
+
+
+def _load_distilled_encoder(path: Path) -> Network:
+    """An encoder of clric-export distill, whose file names its space in its metadata."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            space = LATENT_SPACES[(file.metadata() or {})["latent_space"]]
+    except FileNotFoundError as error:
+        raise ModelError(f"encoder file {path} does not exist") from error
+    except Exception as error:  # safetensors' own, OSError, KeyError
+        raise ModelError(f"{path} is no encoder of clric-export distill: {brief(error)}") from error
+    module = _tiny_encoder("lite", space.channels, path, "encoder of clric-export distill")
+    manifest = {"name": path.stem, "latent_space": space.name, "channels": space.channels, "halo": None}
+    return _of_manifest(manifest, "encoder", module)
+
+
+def _load_small_encoder(path: Path) -> Network:
+    if not path.is_file():
+        raise ModelError(f"encoder file {path} does not exist")
+    manifest = check_manifest(path, "encoder")
+    state = _layer_weights(path)
+    module = SmallEncoder(manifest["channels"])
+    _load_state(module.layers, state, path)
+    return _of_manifest(manifest, "encoder", module)
+
+
+def _load_onnx_decoder(name: str, models: str | os.PathLike[str] | None) -> Network:
     path, manifest = find_decoder(name, models)
-    unknown = f"{path} is no network that clric-export made: gradients cannot pass through it"
+    state = _layer_weights(path)
+    if any(".conv." in key for key in state):
+        module: nn.Module = TinyDecoder(_tiny_decoder(manifest["channels"], state, _unknown(path)))
+    else:
+        module = small = SmallDecoder(manifest["channels"], *_small_shape(state))
+        _load_state(small.layers, state, path)
+    return _of_manifest(manifest, "decoder", module)
+
+
+def _layer_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of an ONNX file, whose initializers keep torch's names (clric_export/onnx.py)."""
     state = {key.removeprefix("layers."): value for key, value in _initializers(path).items()}
     if not state or not all(key[:1].isdigit() for key in state):
-        raise ModelError(unknown)
-    if any(".conv." in key for key in state):
-        layers = _tiny_decoder(manifest["channels"], state, unknown)
-        module: nn.Module = TinyDecoder(layers)
-    else:
-        small = SmallDecoder(manifest["channels"], *_small_shape(state))
-        layers, module = small.layers, small
-        try:
-            layers.load_state_dict(state)
-        except RuntimeError as error:
-            raise ModelError(f"{unknown} ({brief(error)})") from error
-    module.eval().requires_grad_(False)
-    licence, source = (str(manifest.get(field, "")) for field in ("licence", "source"))
-    return DecoderNetwork(
-        manifest["name"], manifest["latent_space"], manifest["channels"], manifest["halo"], licence, source, module
-    )
+        raise ModelError(_unknown(path))
+    return state
+
+
+def _load_state(layers: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        layers.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{_unknown(path)} ({brief(error)})") from error
+
+
+def _unknown(path: Path) -> str:
+    return f"{path} is no network that clric-export made: gradients cannot pass through it"
 
 
 def _small_shape(state: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -362,7 +451,7 @@ def _without_clamp(key: str) -> str:
 
 
 def _packaged(autoencoder: Autoencoder) -> Path | None:
-    path = _WEIGHTS / f"{autoencoder.encoder_stem}.safetensors"
+    path = WEIGHTS / f"{autoencoder.encoder_stem}.safetensors"
     return path if path.is_file() else None
 
 

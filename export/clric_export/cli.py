@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 from clric_decoder.errors import ClricError, one_line
-from clric_decoder.models import AUTOENCODERS, cache_folder, find_autoencoder
+from clric_decoder.models import AUTOENCODERS, LATENT_SPACES, cache_folder, find_autoencoder
 from clric_decoder.terminal import for_each, run_command
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NAME = "clric-export"
 
 
-EXPORTABLE = [name for name, autoencoder in AUTOENCODERS.items() if autoencoder.kind != "lite"]
+EXPORTABLE = [name for name, autoencoder in AUTOENCODERS.items() if autoencoder.kind not in ("lite", "small")]
 
 
 class _Group(click.Group):
@@ -145,7 +145,8 @@ def distill(
     required=True,
     help="Folder to work in; a run that was stopped there goes on.",
 )
-@click.option("--space", default="custom", show_default=True, help="Name of the latent space, and of the files.")
+@click.option("--name", default="custom", show_default=True, help="Name of the files.")
+@click.option("--space", type=click.Choice(list(LATENT_SPACES)), help="Latent space.  [default: one of its own]")
 @click.option("--channels", type=click.IntRange(4, 64), default=8, show_default=True, help="Of the latent.")
 @click.option(
     "--iterations",
@@ -172,7 +173,8 @@ def distill(
 def train(
     photos: Path,
     output: Path,
-    space: str,
+    name: str,
+    space: str | None,
     channels: int,
     iterations: int,
     decay: int,
@@ -181,7 +183,7 @@ def train(
     lpips: Path | None,
     seed: int,
 ) -> int:
-    """Train an autoencoder with the rate in the loss: a decoder as ONNX, an encoder as safetensors.
+    """Train an autoencoder with the rate in the loss: a decoder NAME.onnx and an encoder NAME_encoder.onnx.
 
     It learns from a folder of photos and starts from the weights of lite. Hours on a CPU; it can be stopped at any
     time, and the same command goes on from the last checkpoint.
@@ -194,6 +196,7 @@ def train(
             files = train(
                 photos,
                 output,
+                name=name,
                 space=space,
                 channels=channels,
                 iterations=iterations,
@@ -277,16 +280,16 @@ def features(
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:
     """Writes the files, and gives a line about each. Raises ClricError, whatever goes wrong."""
-    if find_autoencoder(name).kind == "lite":
+    if find_autoencoder(name).kind in ("lite", "small"):
         raise ClricError(f"the decoder of {name} comes with clric as ONNX: there is nothing to export")
     with _libraries():
-        from .onnx import write_decoder  # torch takes seconds to import, --help should not
+        from .onnx import write_network  # torch takes seconds to import, --help should not
     from clric_encoder.networks import load_decoder_network
 
     decoder = load_decoder_network(name, models)
     for precision in precisions:
         try:
-            manifest = write_decoder(decoder, folder, precision)
+            manifest = write_network(decoder, folder, precision)
             megabytes = (folder / manifest["file"]).stat().st_size / 1e6
         except (ClricError, MemoryError):
             raise

@@ -28,10 +28,10 @@ from clric_decoder.image import read_image
 from clric_decoder.latent import decode_latent
 from clric_encoder.networks import (
     SmallDecoder,
+    lite_encoder,
     load_decoder_network,
     load_encoder_network,
     receptive_halo,
-    small_encoder,
 )
 from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from PIL import Image
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .losses import Lpips
 from .muon import Muon
-from .onnx import write_decoder
+from .onnx import write_network
 
 # Larger photos are reduced to this long side: downscaled photos are sharp, and what is coded most is of this size.
 LONG_SIDE = 768
@@ -109,7 +109,7 @@ def distill(
     """
     source = load_decoder_network(teacher, models)
     teacher_decoder = source.module.to(device)
-    teacher_encoder = load_encoder_network(teacher, models)[1].to(device)
+    teacher_encoder = load_encoder_network(teacher, models).module.to(device)
 
     def encode(image: np.ndarray) -> np.ndarray:
         height, width, _ = image.shape
@@ -124,7 +124,7 @@ def distill(
             return (255 * pixels).round().byte().permute(1, 2, 0).cpu().numpy()
 
     torch.manual_seed(seed)
-    decoder, encoder = SmallDecoder(source.channels).to(device), small_encoder(source.channels).to(device)
+    decoder, encoder = SmallDecoder(source.channels).to(device), lite_encoder(source.channels).to(device)
     if start is not None:
         # Both now: who named a wrong folder should not learn it after hours of training.
         _load_start(decoder, start, folder, "decoder")
@@ -142,7 +142,7 @@ def distill(
         source, name=name, halo=receptive_halo(decoder.layers), licence="BSD-3-Clause",
         source=f"clric-export distill {source.name}", module=decoder,
     )  # fmt: skip
-    onnx = folder / str(write_decoder(result, folder, "int8", stem=name)["file"])
+    onnx = folder / str(write_network(result, folder, "int8", stem=name)["file"])
 
     settings = Settings(iterations // 2, seed, plain=0.6)
     frozen_decoders = decoder.to(device).train().requires_grad_(False), teacher_decoder.requires_grad_(False)

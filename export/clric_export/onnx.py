@@ -1,7 +1,7 @@
-"""A DecoderNetwork becomes an ONNX file with its manifest, compared with torch before it takes its name.
+"""Half of an autoencoder becomes an ONNX file with its manifest, compared with torch before it takes its name.
 
-`write_decoder` gives NAME.onnx (fp32) or NAME.fp16.onnx, with the manifest NAME.json or NAME.fp16.json beside
-it, as clric_decoder.models.find_decoder reads them. A decoder that exists in one precision only has its plain name.
+`write_network` gives NAME.onnx (fp32) or NAME.fp16.onnx, with the manifest NAME.json or NAME.fp16.json beside
+it, as clric_decoder.models.find_decoder reads them. A network that exists in one precision only has its plain name.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import onnx.numpy_helper
 import onnxruntime
 import torch
 from clric_decoder.errors import ModelError
-from clric_encoder.networks import DecoderNetwork
+from clric_encoder.networks import Network
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -29,8 +29,12 @@ OPSET = 17
 # Latent sizes at which an exported file is compared with torch; neither is the size that was traced.
 PARITY_SIZES = ((8, 8), (13, 21))
 
+# The sides of a network's input and output that may have any length.
+_SIDES = {"image": {0: "batch", 2: "8h", 3: "8w"}, "latent": {0: "batch", 2: "h", 3: "w"}}
+
 # The largest difference that is let through, in units of the image's [0, 1]: a quarter of an 8-bit step for
-# the same weights, five steps where the weights were rounded to fp16, a few more in single pixels for int8.
+# the same weights, five steps where the weights were rounded to fp16, a few more in single pixels for int8. The
+# same numbers for latents, whose deviation is near 1.
 PARITY_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
 
 # Smaller tensors stay float32: biases, constants, and the last layer, whose rounding errors are a mesh in flat areas.
@@ -38,23 +42,21 @@ PARITY_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-
 _LARGE = 2048
 
 
-def write_decoder(
-    decoder: DecoderNetwork, folder: Path, precision: Precision, stem: str | None = None
-) -> dict[str, Any]:
+def write_network(network: Network, folder: Path, precision: Precision, stem: str | None = None) -> dict[str, Any]:
     """Exports, compares, and writes the ONNX file and its manifest into a folder, which is made if need be.
 
-    ``stem`` is the files' name without suffix: by default the decoder's, followed by .fp16 or .int8.
+    ``stem`` is the files' name without suffix: by default the network's, followed by .fp16 or .int8.
 
     Both are written beside their names and renamed when they are whole. Returns the manifest. Raises
     ModelError where the file does not do what the torch module does, OSError where the folder cannot be
     written.
     """
-    stem = stem or (decoder.name if precision == "fp32" else f"{decoder.name}.{precision}")
+    stem = stem or (network.name if precision == "fp32" else f"{network.name}.{precision}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=folder) as scratch:
         file = Path(scratch) / f"{stem}.onnx"
-        export_onnx(decoder, file, precision)
-        difference = parity(decoder, file)
+        export_onnx(network, file, precision)
+        difference = parity(network, file)
         if not difference <= PARITY_LIMITS[precision]:
             raise ModelError(
                 f"{stem}.onnx differs from torch by {difference:.2g} where at most"
@@ -62,13 +64,14 @@ def write_decoder(
             )
         manifest = {
             "name": stem,
-            "latent_space": decoder.space,
-            "channels": decoder.channels,
-            "halo": decoder.halo,
+            "half": network.half,
+            "latent_space": network.space,
+            "channels": network.channels,
+            "halo": network.halo,
             "file": file.name,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            "licence": decoder.licence,
-            "source": decoder.source,
+            "licence": network.licence,
+            "source": network.source,
             "precision": precision,
             "parity": float(f"{difference:.3g}"),
             "opset": OPSET,
@@ -81,32 +84,29 @@ def write_decoder(
     return manifest
 
 
-def export_onnx(decoder: DecoderNetwork, path: Path, precision: Precision) -> None:
-    """Writes the ONNX file of a decoder: input ``latent``, output ``image``, batch, height and width dynamic.
+def export_onnx(network: Network, path: Path, precision: Precision) -> None:
+    """Writes the ONNX file of a network: ``latent`` to ``image`` or back; batch, height and width dynamic.
 
     fp16: the weights are stored as float16 and widened by Cast nodes, which onnxruntime folds away when it
     loads the file: half the bytes, the speed of float32. int8: stored as 8-bit integers with a float32 scale for
     each output channel, widened in the same way: a quarter of the bytes. Input, output and arithmetic are float32
     in each.
     """
-    example = torch.zeros(1, decoder.channels, 12, 10)
+    (source, result), example = _names(network), _example(network, 12, 10)
     with torch.inference_mode(), warnings.catch_warnings():
         # torch advises its newer exporter (dynamo=True), which needs onnxscript and twenty times as long for
         # the same graph; and its tracer warns of checks of shapes in diffusers' Python, which hold for all.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.onnx.export(
-            decoder.module,
+            network.module,
             (example,),
             str(path),
             dynamo=False,
             opset_version=OPSET,
-            input_names=["latent"],
-            output_names=["image"],
-            dynamic_axes={
-                "latent": {0: "batch", 2: "h", 3: "w"},
-                "image": {0: "batch", 2: "8h", 3: "8w"},
-            },
+            input_names=[source],
+            output_names=[result],
+            dynamic_axes=_SIDES,
         )
     if precision != "fp32":
         model = onnx.load(path)
@@ -115,23 +115,35 @@ def export_onnx(decoder: DecoderNetwork, path: Path, precision: Precision) -> No
         onnx.save(model, path)
 
 
-def parity(decoder: DecoderNetwork, path: Path) -> float:
-    """The largest absolute difference between an ONNX file and its torch module, the image in [0, 1].
+def parity(network: Network, path: Path) -> float:
+    """The largest absolute difference between an ONNX file and its torch module.
 
-    On normally distributed latents (seeded) of `PARITY_SIZES`, by onnxruntime on the CPU.
+    On random inputs (seeded), latents of normal distribution or pixels of even one, for latents of `PARITY_SIZES`; by
+    onnxruntime on the CPU.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    random = torch.Generator().manual_seed(0)
+    source, result = _names(network)
     worst = 0.0
-    for h, w in PARITY_SIZES:
-        latent = torch.randn(1, decoder.channels, h, w, generator=random)
+    for number, (h, w) in enumerate(PARITY_SIZES):
+        example = _example(network, h, w, seed=number)
         with torch.inference_mode():
-            expected = decoder.module(latent).numpy()
-        (image,) = session.run(["image"], {"latent": latent.numpy()})
-        if image.shape != expected.shape or not np.isfinite(image).all():
+            expected = network.module(example).numpy()
+        (values,) = session.run([result], {source: example.numpy()})
+        if values.shape != expected.shape or not np.isfinite(values).all():
             return float("inf")
-        worst = max(worst, float(np.abs(image - expected).max()))
+        worst = max(worst, float(np.abs(values - expected).max()))
     return worst
+
+
+def _names(network: Network) -> tuple[str, str]:
+    return ("image", "latent") if network.half == "encoder" else ("latent", "image")
+
+
+def _example(network: Network, h: int, w: int, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    if network.half == "encoder":
+        return torch.rand(1, 3, 8 * h, 8 * w, generator=random)
+    return torch.randn(1, network.channels, h, w, generator=random)
 
 
 def _store_small(graph: Any, precision: Precision) -> None:

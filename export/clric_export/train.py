@@ -3,8 +3,9 @@
     photo crop -> encoder -> latent y -> quantised with a random step d -> decoder -> image, compared with the crop
                                          `-> prior -> bits
 
-There is no teacher: the photos are the target. Training starts from the weights of `lite`, widened to more channels.
-From random weights the rate collapses the latent before the decoder has learned to use it. Runs are seeded,
+There is no teacher: the photos are the target. Training starts from `lite`: its decoder, widened to more channels, and
+an encoder that has learned to give lite's latents. From random weights the rate collapses the latent before the decoder
+has learned to use it. Runs are seeded,
 checkpointed and resumed where they were stopped. The learning rate is constant after a warm-up, and what is measured
 and exported is a moving average of the weights: a run can be stopped at any time. A separate decay at the end brings
 the last of the gain.
@@ -21,9 +22,10 @@ import copy
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +34,20 @@ import torch
 import torch.nn.functional as F
 from clric_decoder.errors import ModelError, brief
 from clric_encoder.networks import (
-    DecoderNetwork,
+    Network,
     SmallDecoder,
+    SmallEncoder,
     load_decoder_network,
     load_encoder_network,
     receptive_halo,
-    small_encoder,
 )
 from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from clric_encoder.training.features import LpipsVgg, PerceptualDistance, load_features
 from torch import Tensor, nn
 
 from .crops import Crops
-from .distill import save_encoder
 from .muon import Muon
-from .onnx import write_decoder
+from .onnx import write_network
 from .prior import Prior
 
 # Range of the quantiser step; the rates are 0.02 to 0.4 bpp.
@@ -68,7 +69,7 @@ PERIOD, MESH_WINDOW, MESH_STRIDE = 8, 64, 32
 FLAT, TEXTURE_SHARE = 0.02, 0.2
 
 # Latents of a batch whose ripple is measured; half of them from flat areas, if there are as many.
-RIPPLE_LATENTS = 96
+RIPPLE_LATENTS = 48
 
 # Share of crops whose latents are rounded, with a straight-through gradient; the others get uniform noise.
 ROUNDED_SHARE = 0.5
@@ -81,9 +82,9 @@ LPIPS_EVERY, LPIPS_WEIGHT = 4, 0.6
 # Crops are shifted by up to this many pixels before features are computed: their raster has this period.
 FEATURE_RASTER = 16
 
-# The prior trains alone at first, then the learning rate of the others rises.
-PRIOR_ITERATIONS, WARM_UP = 400, 500
-PRIOR_LEARNING_RATE = 2e-3
+# At first the encoder learns lite's latents, then the prior trains alone, then the learning rate of all rises.
+IMITATION, PRIOR_ALONE, WARM_UP = 800, 400, 500
+IMITATION_LEARNING_RATE, PRIOR_LEARNING_RATE = 2e-3, 2e-3
 
 # Of the decoder's last layer, as a share of the others': each step of its 12 outputs is a mesh of its own.
 LAST_LAYER_SHARE = 0.2
@@ -112,7 +113,8 @@ def train(
     photos: Path,
     folder: Path,
     *,
-    space: str = "custom",
+    name: str = "custom",
+    space: str | None = None,
     channels: int = 8,
     iterations: int = 50_000,
     decay: int = 0,
@@ -125,15 +127,15 @@ def train(
 ) -> list[Path]:
     """Trains an autoencoder in ``folder``, or goes on with it, and writes its files there.
 
-    photos: a folder of hundreds of photos. space, channels: the name of the latent space that the files will carry,
-    and its channels, at least 4. iterations: at a constant learning rate, counted from the beginning of the first
-    run; nothing is trained if the checkpoint has as many. decay: iterations that follow, in which the learning rate
-    falls to zero; they have a checkpoint of their own, and a later run goes on from before the decay. crop, crops:
-    side of crops in pixels, and how many make a batch. lpips: vgg16_lpips.npz, for LPIPS-VGG in some iterations and
-    in the log; without, its student alone is used. report: called with lines about the progress.
+    photos: a folder of hundreds of photos. name: of the files. space: their latent space; None for a custom one.
+    channels: of the latents, at least 4. iterations: at a constant learning rate, from the beginning of the first run;
+    nothing is trained if the checkpoint has as many. decay: iterations that follow, in which the learning rate falls to
+    zero; they have a checkpoint of their own, and a later run goes on from before the decay. crop, crops: side of crops
+    in pixels, and how many make a batch. lpips: vgg16_lpips.npz, for LPIPS-VGG in some iterations and in the log;
+    without, its student alone is used. report: called with lines about the progress.
 
-    Gives the paths of the decoder (ONNX with its manifest, the weights stored in int8) and of the encoder
-    (safetensors, float16). Raises ClricError and OSError.
+    Gives the paths of the decoder and of the encoder (ONNX, the weights stored in int8) and of their manifests.
+    Raises ClricError and OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(channels, seed, crop, crops, learning_rate)
@@ -152,48 +154,46 @@ def train(
             folder / "log.jsonl",
             report,
         )
-    return write_networks(run.average, space, folder)
+    return write_networks(run.average, channels, name, space, folder)
 
 
-def write_networks(model: nn.ModuleDict, space: str, folder: Path) -> list[Path]:
-    """Writes the decoder as ``space``.onnx with its manifest, and the encoder as ``space``_encoder.safetensors."""
-    decoder = copy.deepcopy(model["decoder"]).eval()
+def write_networks(model: nn.ModuleDict, channels: int, name: str, space: str | None, folder: Path) -> list[Path]:
+    """Writes the decoder as ``name``.onnx and the encoder as ``name``_encoder.onnx, with their manifests.
+
+    space: their latent space; None for one of their own, custom-<the first 16 digits of the decoder's SHA-256>.
+    """
+    decoder, encoder = (copy.deepcopy(model[half]).eval() for half in ("decoder", "encoder"))
     assert isinstance(decoder, SmallDecoder)
-    first = decoder.layers[0]
-    assert isinstance(first, nn.Conv2d)
-    network = DecoderNetwork(
-        space, space, first.in_channels, receptive_halo(decoder.layers), "BSD-3-Clause", "clric-export train", decoder
-    )
-    onnx = folder / str(write_decoder(network, folder, "int8", stem=space)["file"])
-    weights = folder / f"{space}_encoder.safetensors"
-    save_encoder(model["encoder"], space, weights)
-    return [onnx, onnx.with_suffix(".json"), weights]
+    assert isinstance(encoder, SmallEncoder)
+    network = Network(
+        "decoder", name, space or "custom", channels, receptive_halo(decoder.layers), "BSD-3-Clause",
+        "clric-export train", decoder,
+    )  # fmt: skip
+    if space is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            digest = write_network(network, Path(scratch), "int8", stem=name)["sha256"]
+        network = replace(network, space=f"custom-{digest[:16]}")
+    write_network(network, folder, "int8", stem=name)
+    network = replace(network, half="encoder", halo=encoder.halo, module=encoder)
+    write_network(network, folder, "int8", stem=f"{name}_encoder")
+    return [folder / f"{name}{half}{suffix}" for half in ("", "_encoder") for suffix in (".onnx", ".json")]
 
 
 def start_networks(channels: int) -> nn.ModuleDict:
-    """Encoder and decoder with the weights of `lite`, widened, and a random prior.
+    """A random encoder and prior, and a decoder with the weights of `lite`, widened.
 
-    New weights, of the encoder's last layer and the decoder's first, have 0.3 of the old ones' deviation. channels: at
-    least 4.
+    The new weights of its first layer have 0.3 of the old ones' deviation. channels: at least 4.
     """
-    encoder, decoder = small_encoder(channels), SmallDecoder(channels)
-    for layers, lite, axis in (
-        (encoder, load_encoder_network("lite")[1], 0),
-        (decoder, load_decoder_network("lite").module, 1),
-    ):
-        state = layers.state_dict()
-        for name, old in lite.state_dict().items():
-            new = state[name]
-            if new.shape == old.shape:
-                new.copy_(old)
-                continue
-            if new.ndim > 1:
-                new.normal_(0, 0.3 * float(old.std()))
-            else:
-                new.zero_()
-            axis = axis if new.ndim > 1 else 0
-            new.narrow(axis, 0, old.shape[axis]).copy_(old)
-    return nn.ModuleDict({"encoder": encoder, "decoder": decoder, "prior": Prior(channels)})
+    decoder = SmallDecoder(channels)
+    state = decoder.state_dict()
+    for name, old in load_decoder_network("lite").module.state_dict().items():
+        new = state[name]
+        if new.shape == old.shape:
+            new.copy_(old)
+        else:
+            new.normal_(0, 0.3 * float(old.std()))
+            new[:, : old.shape[1]].copy_(old)
+    return nn.ModuleDict({"encoder": SmallEncoder(channels), "decoder": decoder, "prior": Prior(channels)})
 
 
 class _Run:
@@ -208,6 +208,8 @@ class _Run:
         self.student.set_dtype(dtype)
         self.teacher = None if lpips is None else LpipsVgg(lpips, dtype)
         self.model = start_networks(settings.channels)
+        self.lite = load_encoder_network("lite").module
+        self.lite.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         last = list(self._decoder.layers[-2].parameters())
@@ -266,9 +268,12 @@ class _Run:
         sums: dict[str, float] = {}
         count, begin = 0, time.monotonic()
         while self.iteration < until:
-            warm_up = min(1.0, max(0, self.iteration - PRIOR_ITERATIONS + 1) / WARM_UP)
+            learning_rate = self.settings.learning_rate * rate(self.iteration)
+            learning_rate *= min(1.0, (self.iteration - IMITATION - PRIOR_ALONE + 1) / WARM_UP)
+            if self.iteration < IMITATION:
+                learning_rate = IMITATION_LEARNING_RATE * (1 - self.iteration / IMITATION)
             for group, share in zip(self.optimizer.param_groups, (1.0, LAST_LAYER_SHARE), strict=True):
-                group["lr"] = self.settings.learning_rate * rate(self.iteration) * warm_up * share
+                group["lr"] = learning_rate * share
             self.prior_optimizer.param_groups[0]["lr"] = PRIOR_LEARNING_RATE * rate(self.iteration)
             parts = self._step(np.random.default_rng((self.settings.seed, self.iteration)))
             self.iteration += 1
@@ -289,13 +294,16 @@ class _Run:
     def _step(self, random: np.random.Generator) -> dict[str, float]:
         """One iteration of the optimiser; gives the losses by name."""
         pixels = self.data.batch(random, self.settings.crops).contiguous(memory_format=torch.channels_last)
-        is_alone = self.iteration < PRIOR_ITERATIONS
-        parts = self._rate_loss(pixels, random) if is_alone else self._losses(pixels, random)
+        if self.iteration < IMITATION:
+            parts = self._imitation_loss(pixels)
+        elif self.iteration < IMITATION + PRIOR_ALONE:
+            parts = self._rate_loss(pixels, random)
+        else:
+            parts = self._losses(pixels, random)
         total = torch.stack(list(parts.values())).sum()
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
-        if not is_alone:
-            self.optimizer.step()
+        self.optimizer.step()  # of the parameters that have a gradient
         self.prior_optimizer.step()
         self.model.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -303,6 +311,13 @@ class _Run:
             for average, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 average.lerp_(parameter, new)
         return {name: value.item() for name, value in parts.items()}
+
+    def _imitation_loss(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The error of the encoder's first channels to lite's latents."""
+        with self._autocast():
+            target = self.lite(pixels).float()
+            latent = self.model["encoder"](pixels).float()
+        return {"imitation": F.mse_loss(latent[:, : target.shape[1]], target)}
 
     def _rate_loss(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
         """The prior alone: its bits, all steps alike."""

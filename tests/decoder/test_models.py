@@ -66,7 +66,7 @@ def test_folders_and_files_without_permission(tmp_path: Path) -> None:
 def test_aliases_name_the_same_autoencoder() -> None:
     assert models.find_autoencoder("CompVis/stable-diffusion-v1-4").name == "sd14"
     assert models.find_autoencoder("stable-diffusion-2-inpainting").name == "sd2-inpainting"
-    with pytest.raises(ModelError, match=r"'taesd4' is not known; name one of lite, sd14, .*taef2"):
+    with pytest.raises(ModelError, match=r"'taesd4' is not known; name one of small, lite, sd14, .*taef2"):
         models.find_autoencoder("taesd4")
 
 

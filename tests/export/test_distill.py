@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from clric_decoder.autoencoder import decode_image, decode_tiled, open_decoder
 from clric_decoder.errors import ClricError, ModelError
 from clric_encoder.autoencoder import load_encoder
-from clric_encoder.networks import SmallDecoder, load_decoder_network, small_encoder
+from clric_encoder.networks import SmallDecoder, lite_encoder, load_decoder_network
 from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from clric_export import distill as distillation
 from clric_export.cli import command
@@ -39,7 +39,7 @@ def mac_per_pixel(network: torch.nn.Module, example: torch.Tensor, pixels: int) 
 
 
 def test_complexity() -> None:
-    decoder, encoder = SmallDecoder(4), small_encoder(4)
+    decoder, encoder = SmallDecoder(4), lite_encoder(4)
     assert mac_per_pixel(decoder, torch.zeros(1, 4, 8, 8), 64 * 64) <= 20_000
     assert mac_per_pixel(encoder, torch.zeros(1, 3, 64, 64), 64 * 64) <= 60_000
     assert sum(p.numel() for p in decoder.parameters()) < 950_000

@@ -18,7 +18,7 @@ from clric_decoder.models import AUTOENCODERS, LATENT_SPACES, check_space, find_
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.networks import load_decoder_network, receptive_halo
 from clric_export.cli import command
-from clric_export.onnx import export_onnx, parity, write_decoder
+from clric_export.onnx import export_onnx, parity, write_network
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
@@ -89,6 +89,7 @@ def test_export_of_every_tiny_decoder(name: str, shared: Path, tmp_path: Path) -
         path, manifest = find_decoder(stem, tmp_path)
         assert manifest == {
             "name": stem,
+            "half": "decoder",
             "latent_space": entry.space,
             "channels": channels,
             # The pooling branch of TAEF2 looks at the whole image.
@@ -180,7 +181,7 @@ def test_export_of_a_full_size_kl_decoder(tmp_path: Path) -> None:
     save_kl(tmp_path, "sd14", FULL)
     decoder = load_decoder_network("sd14", tmp_path)
     assert sum(p.numel() for p in decoder.module.parameters()) == 49_490_199
-    manifest = write_decoder(decoder, tmp_path, "fp16")
+    manifest = write_network(decoder, tmp_path, "fp16")
     assert manifest["parity"] < 1e-2
     assert (tmp_path / "sd14.fp16.onnx").stat().st_size < 101e6
 
@@ -202,7 +203,7 @@ def test_the_default_folder_is_where_the_decoder_looks(
 
 
 def test_a_tampered_export_is_refused(shared: Path, tmp_path: Path) -> None:
-    write_decoder(load_decoder_network("taesd", shared / "models"), tmp_path, "fp32")
+    write_network(load_decoder_network("taesd", shared / "models"), tmp_path, "fp32")
     path = tmp_path / "taesd.onnx"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -223,7 +224,7 @@ def test_parity_notices_another_decoder(shared: Path, tmp_path: Path) -> None:
 def test_unknown_names_and_unwritable_folders_are_one_line(shared: Path, tmp_path: Path) -> None:
     result = invoke(["taesd4", "-o", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; name one of lite, sd14")
+    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; name one of small, lite")
     (tmp_path / "file").touch()
     arguments = ["taesd", "-o", str(tmp_path / "file" / "folder"), "--models", str(shared / "models")]
     result = invoke(arguments)
@@ -284,7 +285,7 @@ def test_missing_weights_are_one_line(tmp_path: Path) -> None:
 
 
 def test_manifests_are_readable_json(shared: Path, tmp_path: Path) -> None:
-    write_decoder(load_decoder_network("taesd", shared / "models"), tmp_path, "fp32")
+    write_network(load_decoder_network("taesd", shared / "models"), tmp_path, "fp32")
     text = (tmp_path / "taesd.json").read_text()
     assert json.loads(text)["name"] == "taesd"
     assert text.endswith("}\n")

@@ -2,14 +2,18 @@
 
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from clric_decoder.autoencoder import decode
 from clric_decoder.errors import ClricError, ModelError
-from clric_encoder.networks import SmallDecoder, load_decoder_network, small_encoder
+from clric_encoder.autoencoder import load_encoder
+from clric_encoder.encoding import encode
+from clric_encoder.networks import SmallDecoder, load_decoder_network, load_encoder_network
 from clric_export import crops as crops_module
 from clric_export import train as training
 from clric_export.cli import command
@@ -17,7 +21,6 @@ from clric_export.crops import Crops
 from clric_export.prior import Prior, laplace_probability
 from clric_export.train import flat_latents, mesh_loss, mesh_peaks, ripple_loss, train
 from PIL import Image
-from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +127,10 @@ def test_crops_depend_on_their_generator_alone(photos: Path) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint every two iterations, the second of which trains all, and one step of validation."""
+    """A checkpoint every two iterations, the third of which trains all, and one step of validation."""
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(training, "PRIOR_ITERATIONS", 1)
+    monkeypatch.setattr(training, "IMITATION", 1)
+    monkeypatch.setattr(training, "PRIOR_ALONE", 1)
     monkeypatch.setattr(training, "VALIDATION_STEPS", (0.5,))
     monkeypatch.setattr(crops_module, "HELD_OUT", 2)
 
@@ -153,11 +157,19 @@ def test_a_resumed_run_gives_the_same_as_an_unbroken_one(photos: Path, tmp_path:
     # The decay has a checkpoint of its own: training goes on from before it
     assert torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["iteration"] == 4
 
-    onnx, _, weights = whole
-    small_encoder(8).load_state_dict(load_file(weights))
-    decoder = load_decoder_network(str(onnx))
-    assert (decoder.space, decoder.channels) == ("custom", 8)
+    onnx, _, encoder_onnx, _ = whole
+    decoder, encoder = load_decoder_network(str(onnx)), load_encoder_network(str(encoder_onnx))
+    assert decoder.channels == encoder.channels == 8
     assert decoder.module(torch.zeros(1, 8, 5, 6)).shape == (1, 3, 40, 48)
+    # Both halves name a space of their own, so that a stream of one is not shown by another
+    assert decoder.space == encoder.space == f"custom-{sha256(onnx.read_bytes()).hexdigest()[:16]}"
+    image = np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8)
+    stream = encode(image, vae=str(encoder_onnx), tune=str(onnx), preset="fast", quality=20)
+    assert decode(stream, vae=onnx).shape == image.shape
+    with pytest.raises(ModelError, match="holds an autoencoder's encoder"):
+        decode(stream, vae=encoder_onnx)
+    with pytest.raises(ModelError, match="not its encoder"):
+        load_encoder(str(onnx))
 
     with pytest.raises(ModelError, match="other settings"):
         train(photos, tmp_path / "whole", iterations=4, crop=64, crops=3)
