@@ -18,7 +18,7 @@ from .files import STANDARD, check_output, write_output
 
 # How each suffix is written: as near to lossless as the format allows.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    ".png": {},
+    ".png": {"compress_level": 4},  # a third of the time of Pillow's 6, and 1 % more bytes
     ".jpg": {"quality": 95},
     ".jpeg": {"quality": 95},
     ".webp": {"lossless": True},
