@@ -60,13 +60,20 @@ def test_the_target_moves_against_the_gradient_of_the_loss(face: np.ndarray, lit
     image = ImageDistortion([face], latent, lite, load_features())
     direction = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     image.look(latent, [0])
-    gradient = (latent - image.targets) * (2 * distortion.CURVATURE / latent.numel())
+    gradient = (latent - image.targets) * (2 * image.curvatures / latent.numel())
     losses = []
     for step in (-1e-4, 1e-4):
         image._looks = 0  # each look reads features from another corner
         image.look(latent + step * direction, [0])
         losses.append(image.losses.double().item())
     assert (losses[1] - losses[0]) / 2e-4 == pytest.approx((gradient * direction).sum().item(), rel=0.1)
+    # And the first part of the way to the target is downhill
+    image._looks = 0
+    image.look(latent, [0])
+    before, target = image.losses.item(), image.targets.clone()
+    image._looks = 0
+    image.look(latent + 0.03 * (target - latent), [0])
+    assert image.losses.item() < before
 
 
 def test_tiles_see_what_the_whole_sees(face: np.ndarray, lite: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
