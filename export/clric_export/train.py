@@ -51,7 +51,11 @@ from .onnx import write_network
 from .prior import Prior
 
 # Range of the quantiser step; the rates are 0.02 to 0.4 bpp.
-MIN_STEP, MAX_STEP = 0.07, 2.2
+MIN_STEP, MAX_STEP = 0.06, 2.2
+
+# Its upper end to begin with, and the iterations over which it rises to the last. Noise of coarse steps drowns the
+# channels that the decoder does not use yet, and the rate takes them away before it has learned to.
+FIRST_MAX_STEP, RISE = 0.1, 2500
 
 # Weight of the bits per pixel at step 0.5. It grows with the square of the step, as the squared error does.
 RATE_WEIGHT = 0.25
@@ -85,6 +89,9 @@ FEATURE_RASTER = 16
 # At first the encoder learns lite's latents, then the prior trains alone, then the learning rate of all rises.
 IMITATION, PRIOR_ALONE, WARM_UP = 800, 400, 500
 IMITATION_LEARNING_RATE, PRIOR_LEARNING_RATE = 2e-3, 2e-3
+
+# The deviation of the channels that lite does not have, to begin with.
+NEW_DEVIATION = 0.7
 
 # Of the decoder's last layer, as a share of the others': each step of its 12 outputs is a mesh of its own.
 LAST_LAYER_SHARE = 0.2
@@ -121,7 +128,7 @@ def train(
     seed: int = 0,
     crop: int = 192,
     crops: int = 4,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 7e-4,
     lpips: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
@@ -313,17 +320,21 @@ class _Run:
         return {name: value.item() for name, value in parts.items()}
 
     def _imitation_loss(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The error of the encoder's first channels to lite's latents."""
+        """The error of the encoder's first channels to lite's latents, and of the deviation of the others."""
         with self._autocast():
             target = self.lite(pixels).float()
             latent = self.model["encoder"](pixels).float()
-        return {"imitation": F.mse_loss(latent[:, : target.shape[1]], target)}
+        new = latent[:, target.shape[1] :].transpose(0, 1).flatten(1)
+        parts = {"imitation": F.mse_loss(latent[:, : target.shape[1]], target)}
+        if len(new):
+            parts["deviation"] = (new.std(1) - NEW_DEVIATION).square().mean()
+        return parts
 
     def _rate_loss(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
         """The prior alone: its bits, all steps alike."""
         with torch.no_grad(), self._autocast():
             latent = self.model["encoder"](pixels).float()
-        step = _random_steps(random, len(pixels))
+        step = _random_steps(random, len(pixels), MAX_STEP)
         noise = torch.from_numpy(random.uniform(-0.5, 0.5, latent.shape).astype(np.float32))
         bits = self.model["prior"](latent / step[:, None, None, None] + noise, step)
         return {"rate": bits.sum() / pixels[:, 0].numel()}
@@ -331,7 +342,7 @@ class _Run:
     def _losses(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
         with self._autocast():
             latent = self.model["encoder"](pixels).float()
-        step = _random_steps(random, len(pixels))
+        step = _random_steps(random, len(pixels), self._max_step())
         scale = step[:, None, None, None]
         values = latent / scale
         noisy = values + torch.from_numpy(random.uniform(-0.5, 0.5, latent.shape).astype(np.float32))
@@ -363,6 +374,10 @@ class _Run:
         with torch.no_grad():
             reference = network.features(pixels[(..., *window)])
         return weight * network.distance(network.features(image[(..., *window)]), reference).mean()
+
+    def _max_step(self) -> float:
+        position = min(1.0, max(0, self.iteration - IMITATION - PRIOR_ALONE) / RISE)
+        return FIRST_MAX_STEP * (MAX_STEP / FIRST_MAX_STEP) ** position
 
     @property
     def _decoder(self) -> SmallDecoder:
@@ -452,8 +467,8 @@ def _activity(image: Tensor, window: int, stride: int) -> Tensor:
     return F.avg_pool2d((across + down) / 2, window, stride)[:, 0]
 
 
-def _random_steps(random: np.random.Generator, count: int) -> Tensor:
-    steps = np.exp(random.uniform(math.log(MIN_STEP), math.log(MAX_STEP), count))
+def _random_steps(random: np.random.Generator, count: int, largest: float) -> Tensor:
+    steps = np.exp(random.uniform(math.log(MIN_STEP), math.log(largest), count))
     return torch.from_numpy(steps.astype(np.float32))
 
 
