@@ -121,6 +121,8 @@ REGISTERED_ARCHITECTURES = {
     4: bytes.fromhex("0520010101010800220803200020192004"),  # preset default, 32 channels
     5: bytes.fromhex("070101010101010108000208042808100010191015"),  # preset paper, 16 channels
     6: bytes.fromhex("070101010101010108000208042808200020192015"),  # preset paper, 32 channels
+    7: bytes.fromhex("0508010101010800220803080008190804"),  # preset default, 8 channels
+    8: bytes.fromhex("01080803220803080008190804"),  # preset instant, 8 channels
 }
 
 
@@ -134,7 +136,7 @@ class Header:
     space: str
     channels: int
     architecture: Architecture
-    default_set: int
+    network_set: int  # 0: the stream holds its networks
     header_bytes: int  # everything that is neither networks, grids nor metadata: the checksum too
     network_bytes: int
     level_bytes: tuple[int, ...]  # the finest level first
@@ -287,9 +289,6 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     reader = _Reader(body)
     reader.bytes(4)
     flags = reader.integer()
-    default_set = flags >> 5
-    if default_set:
-        raise StreamError("unsupported", f"default set {default_set} is not known; a newer decoder may know it")
     width = _check("the image's width", reader.integer(2), 1, MAX_SIDE)
     height = _check("the image's height", reader.integer(2), 1, MAX_SIDE)
     if width * height > max_pixels:
@@ -324,7 +323,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
         space=space,
         channels=channels,
         architecture=architecture,
-        default_set=default_set,
+        network_set=flags >> 5,
         header_bytes=header_bytes,
         network_bytes=network_length,
         level_bytes=tuple(map(len, segments.levels)),
@@ -350,17 +349,27 @@ def _read_space(reader: _Reader, number: int) -> tuple[str, int]:
 
 
 def write(
-    *, width: int, height: int, space: str, channels: int, architecture: Architecture, segments: Segments
+    *,
+    width: int,
+    height: int,
+    space: str,
+    channels: int,
+    architecture: Architecture,
+    segments: Segments,
+    network_set: int = 0,
 ) -> bytes:
     """The stream of an image; the inverse of `read`.
 
-    Raises StreamError for what the format cannot hold, since it reads its own output back.
+    network_set: the number of the networks (network_sets.py) of a stream that has none of its own. Raises StreamError
+    for what the format cannot hold, since it reads its own output back.
     """
     # A blank image may need fewer bytes than the format allows for its pixels: zeros pad its networks
-    padding = -(-width * height // MAX_PIXELS_PER_BYTE)
-    segments = replace(segments, networks=segments.networks.ljust(padding, b"\0"))
+    payload = len(segments.networks) + sum(map(len, segments.levels)) + len(segments.metadata)
+    padding = -(-width * height // MAX_PIXELS_PER_BYTE) - payload
+    segments = replace(segments, networks=segments.networks + bytes(max(0, padding)))
     registered = LATENT_SPACES.get(space)
-    parts = [MAGIC, bytes([VERSION, (registered.number if registered else 0) | bool(segments.metadata) << 4])]
+    flags = (registered.number if registered else 0) | bool(segments.metadata) << 4 | network_set << 5
+    parts = [MAGIC, bytes([VERSION, flags])]
     for name, side in (("width", width), ("height", height)):
         parts.append(_check(f"the image's {name}", side, 1, MAX_SIDE).to_bytes(2, "big"))
     if registered is None:

@@ -7,8 +7,9 @@ wavefront, on which no value needs another of the same step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -164,9 +165,17 @@ class _Level:
         self.values = values
         self.activations.reshape(self._padded)[self._view] = as_activation(values)
 
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """Start and end of each wavefront step in coding order."""
-        return zip(self._starts[:-1], self._starts[1:], strict=True)
+    def walk(self, arm: Arm, values: Callable[[slice, np.ndarray, np.ndarray], np.ndarray | None]) -> None:
+        """Goes through the wavefront's steps in coding order.
+
+        values: takes a step's place in coding order, and for each of its values the mean's integer part and the table;
+        gives the values (n,), or None where they are known already.
+        """
+        for start, end in pairwise(self._starts):
+            step = slice(start, end)
+            given = values(step, *arm(self.inputs(start, end), self.channels[step]))
+            if given is not None:
+                self._put(step, given)
 
     def inputs(self, start: int, end: int) -> np.ndarray:
         """(n, inputs) float32 activations for the values start to end in coding order."""
@@ -175,14 +184,13 @@ class _Level:
             context = np.concatenate([context, self._coarser[start:end]], 1)
         return context
 
-    def put(self, start: int, end: int, values: np.ndarray) -> None:
-        """Set the values start to end in coding order."""
-        self.activations[self._positions[start:end]] = as_activation(values)
-        self.values.reshape(-1)[self._order[start:end]] = values
+    def _put(self, step: slice, values: np.ndarray) -> None:
+        self.activations[self._positions[step]] = as_activation(values)
+        self.values.reshape(-1)[self._order[step]] = values
 
-    def in_order(self) -> np.ndarray:
-        """All values in coding order."""
-        return self.values.reshape(-1)[self._order]
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """Values (channels, height, width) in coding order, (n,)."""
+        return values.reshape(-1)[self._order]
 
 
 def as_activation(values: np.ndarray) -> np.ndarray:
@@ -219,7 +227,7 @@ def predict(
     level = _Level(values.shape, architecture, coarser)
     level.fill(values)
     means, tables = arm(level.inputs(0, values.size), level.channels)
-    return level.in_order(), means, tables
+    return level.in_order(values), means, tables
 
 
 def encode_level(values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None) -> bytes:
@@ -229,12 +237,31 @@ def encode_level(values: np.ndarray, arm: Arm, architecture: Architecture, coars
     level = _Level(values.shape, architecture, coarser)
     level.fill(values)
     coder = RangeEncoder()
-    ordered = level.in_order()
-    for start, end in level.steps():
-        means, tables = arm(level.inputs(start, end), level.channels[start:end])
-        encode_integers(coder, ordered[start:end], means, tables)
+    ordered = level.in_order(values)
+
+    def encode(step: slice, means: np.ndarray, tables: np.ndarray) -> None:
+        encode_integers(coder, ordered[step], means, tables)
+
+    level.walk(arm, encode)
     least = -(-values.size // MAX_SYMBOLS_PER_BYTE)
     return coder.finish().ljust(least, b"\0")
+
+
+def choose_level(
+    wanted: np.ndarray,
+    arm: Arm,
+    architecture: Architecture,
+    choose: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The integers (channels, height, width) int32 of a level for real numbers, chosen in coding order.
+
+    wanted: the real numbers. choose: takes those of a step (n,), the channel of each, its mean's integer part and its
+    table, all of which depend on what was chosen before; gives integers (n,).
+    """
+    level = _Level(wanted.shape, architecture, None)
+    ordered = level.in_order(wanted)
+    level.walk(arm, lambda step, means, tables: choose(ordered[step], level.channels[step], means, tables))
+    return level.values
 
 
 def decode_level(
@@ -252,10 +279,7 @@ def decode_level(
         raise StreamError("payload", f"{len(data)} bytes cannot hold a level of {values.size} values")
     level = _Level(shape, architecture, coarser)
     decoder = range_decoder(data)
-    for start, end in level.steps():
-        means, tables = arm(level.inputs(start, end), level.channels[start:end])
-        decoded = decode_integers(decoder, means, tables)
-        level.put(start, end, decoded)
+    level.walk(arm, lambda step, means, tables: decode_integers(decoder, means, tables))
     if np.abs(level.values).max() > MAX_VALUE:
         raise StreamError("payload", f"a grid value is beyond +-{MAX_VALUE}; the file is damaged")
     return level.values

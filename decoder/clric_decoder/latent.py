@@ -7,6 +7,7 @@ import numpy as np
 from . import bitstream
 from .bitstream import MAX_PIXELS, Architecture, Header, Segments
 from .context import build_arms, decode_level, encode_level
+from .network_sets import network_set
 from .networks import Parameters, decode_networks, encode_networks
 from .synthesis import synthesize
 
@@ -17,7 +18,10 @@ def decode_grids(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, lis
     Raises StreamError for anything but a valid stream.
     """
     header, segments = bitstream.read(data, max_pixels)
-    networks = decode_networks(segments.networks, header.architecture)
+    segment = segments.networks
+    if header.network_set:
+        segment = network_set(header.architecture, header.network_set)
+    networks = decode_networks(segment, header.architecture)
     arms = build_arms(networks, header.architecture)
     grids: list[np.ndarray] = []
     for level in range(len(header.grid_shapes) - 1, -1, -1):

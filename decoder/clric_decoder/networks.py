@@ -1,6 +1,6 @@
 """The function's parameters: their shapes, their coding, and what they cost (specification, "Networks").
 
-Each group of parameters is coded as integers: a value is the default set's plus integer * 2^-exponent, with one
+Each group of parameters is coded as integers: a value is its default plus integer * 2^-exponent, with one
 exponent a group. The ARM computes with the integers themselves.
 """
 
@@ -40,7 +40,7 @@ class Group:
     """Parameters that share an exponent.
 
     max_integer: limit of the integers' magnitude; where ``fixed_point`` is set, only at the largest exponent, and
-    half of it for each exponent less, so that the limit is one of the value. default: the values in default set 0.
+    half of it for each exponent less, so that the limit is one of the value. default: values of integers 0.
     """
 
     name: str

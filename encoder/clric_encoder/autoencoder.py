@@ -5,9 +5,8 @@ into the scaled latent that the codec represents, big images in tiles, in bounde
 training (`training.distortion`).
 """
 
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .networks import load_decoder_network, load_encoder_network
+from .tiling import in_tiles, padded
 from .training.distortion import ImageDecoder
 
 # The layers up to the last stride bring the image to an eighth of its size; only they work at sizes where memory
@@ -43,7 +43,7 @@ class ImageEncoder:
 
     name: str
     space: str
-    _encode: Callable[[np.ndarray], Tensor]
+    _encode: Callable[[np.ndarray], np.ndarray]
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         """The scaled latent of an image.
@@ -54,10 +54,8 @@ class ImageEncoder:
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ValueError(f"an image is H x W x 3 uint8, got {image.shape} {image.dtype}")
-        height, width, _ = image.shape
-        padded = np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
         with torch.inference_mode():
-            return self._encode(padded)[0].float().cpu().numpy()
+            return self._encode(padded(image))[0]
 
 
 def load_encoder(name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu") -> ImageEncoder:
@@ -70,9 +68,9 @@ def load_encoder(name: str, models: str | os.PathLike[str] | None = None, device
     if isinstance(module, nn.Sequential):
         run = _tiny_run(module, device)
     elif network.halo is not None:
-        run = partial(_in_tiles, module, halo=network.halo, limit=_SMALL_PIXELS, blend=False, device=device)
+        run = partial(in_tiles, _on_arrays(module, device), halo=network.halo, limit=_SMALL_PIXELS, blend=False)
     else:
-        run = partial(_in_tiles, module, halo=_KL_HALO, limit=_KL_PIXELS, blend=True, device=device)
+        run = partial(in_tiles, _on_arrays(module, device), halo=_KL_HALO, limit=_KL_PIXELS, blend=True)
     return ImageEncoder(network.name, network.space, run)
 
 
@@ -101,7 +99,15 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _tiny_run(layers: nn.Sequential, device: str) -> Callable[[np.ndarray], Tensor]:
+def _on_arrays(module: nn.Module, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    def run(values: np.ndarray) -> np.ndarray:
+        result: Tensor = module(torch.from_numpy(values).to(device))
+        return result.float().cpu().numpy()
+
+    return run
+
+
+def _tiny_run(layers: nn.Sequential, device: str) -> Callable[[np.ndarray], np.ndarray]:
     """Padded image -> latent by a network of the TAESD family (input [0, 1], latent already scaled).
 
     The head runs in tiles whose halo covers its receptive field, the rest at 1/8 of the size in one piece:
@@ -111,69 +117,5 @@ def _tiny_run(layers: nn.Sequential, device: str) -> Callable[[np.ndarray], Tens
         if isinstance(module, nn.ReLU):
             module.inplace = True  # less memory, the same numbers
     strides = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)]
-    head, tail = layers[: strides[-1] + 1], layers[strides[-1] + 1 :]
-    return lambda image: tail(_in_tiles(head, image, _TINY_HALO, _TINY_PIXELS, blend=False, device=device))
-
-
-def _in_tiles(
-    network: Callable[[Tensor], Tensor], image: np.ndarray, halo: int, limit: int, *, blend: bool, device: str
-) -> Tensor:
-    """network(image), with at most about `limit` pixels going through the network at once.
-
-    network: [1, 3, H, W] in [0, 1] -> [1, C, H/8, W/8]. image: H x W x 3 uint8, sides multiples of 8.
-    Each tile is a core with `halo` latents around it, cut off at the image's edges (which the network pads
-    as it does for the whole). The core is kept, or, with `blend`, tiles fade into each other linearly across
-    the 2 * halo latents that they share.
-    """
-    h, w = image.shape[0] // 8, image.shape[1] // 8
-    rows, columns = _grid(h, w, halo, limit // 64)
-    result = weights = torch.empty(0)
-    for top, bottom in _spans(h, rows):
-        for left, right in _spans(w, columns):
-            y0, y1 = max(0, top - halo), min(h, bottom + halo)
-            x0, x1 = max(0, left - halo), min(w, right + halo)
-            pixels = torch.from_numpy(np.ascontiguousarray(image[8 * y0 : 8 * y1, 8 * x0 : 8 * x1])).to(device)
-            tile = network(pixels.permute(2, 0, 1)[None].float() / 255)
-            if rows == columns == 1:
-                return tile
-            if not result.numel():
-                result = tile.new_zeros(1, tile.shape[1], h, w)
-                weights = tile.new_zeros(h, w)
-            if blend:
-                # Only what fades is faded: an edge of the image is no edge of a tile.
-                weight = _fade(y0, y1, h, halo)[:, None] * _fade(x0, x1, w, halo)
-                result[..., y0:y1, x0:x1] += tile * weight.to(tile)
-                weights[y0:y1, x0:x1] += weight.to(tile)
-            else:
-                result[..., top:bottom, left:right] = tile[..., top - y0 : bottom - y0, left - x0 : right - x0]
-    return result / weights if blend else result
-
-
-def _grid(h: int, w: int, halo: int, limit: int) -> tuple[int, int]:
-    """The rows and columns of tiles that cover h x w latents with the least work.
-
-    A tile with its halo has at most `limit` latents, which must be more than a halo needs by itself.
-    """
-    best = (math.inf, 1, 1)
-    for rows in range(1, h + 1):
-        tile_height = min(h, math.ceil(h / rows) + 2 * halo)
-        widest = limit // tile_height
-        columns = 1 if widest >= w else math.ceil(w / max(1, widest - 2 * halo))
-        tile_width = min(w, math.ceil(w / columns) + 2 * halo)
-        if tile_height * tile_width <= limit:
-            best = min(best, (rows * columns * tile_height * tile_width, rows, columns))
-    return best[1], best[2]
-
-
-def _spans(length: int, count: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of `count` pieces of nearly the same length."""
-    for index in range(count):
-        yield length * index // count, length * (index + 1) // count
-
-
-def _fade(start: int, end: int, length: int, halo: int) -> Tensor:
-    """A tile's weight at each latent from start to end: it rises over 2 * halo latents from inner edges."""
-    at = torch.arange(start, end) + 0.5
-    rise = torch.full_like(at, 1.0) if start == 0 else (at - start) / (2 * halo)
-    fall = torch.full_like(at, 1.0) if end == length else (end - at) / (2 * halo)
-    return torch.minimum(rise, fall).clamp(max=1)
+    head, tail = (_on_arrays(part, device) for part in (layers[: strides[-1] + 1], layers[strides[-1] + 1 :]))
+    return lambda image: tail(in_tiles(head, image, _TINY_HALO, _TINY_PIXELS, blend=False))

@@ -19,14 +19,18 @@ from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, print_error, run_command
 
+from .instant import INSTANT
 from .rate import Rate, choose_rate
+from .stream import check_image, check_latent
 from .training.presets import PRESETS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .autoencoder import ImageEncoder
-    from .encoding import Encoded, Tuning
+    from .encoding import Tuning
+    from .instant import InstantEncoder
+    from .stream import Encoded
     from .training.loop import Progress
 
 NAME = "clric-enc"
@@ -64,14 +68,14 @@ class _Bytes(click.ParamType):
 @click.option("--lambda", "lmbda", type=float, help="Weight of the rate: loss = latent MSE + lambda * bpp.")
 @click.option("--bpp", type=float, help="Largest size, in bits per pixel; files come to within 3 %.")
 @click.option("--bytes", "size", type=_Bytes(), help="Largest size of a file, such as 5000 or 8kB.")
-@click.option("--vae", metavar="NAME", default="lite", show_default=True, help="Autoencoder, or a distilled encoder.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True)
+@click.option("--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder, or an encoder's file.")
+@click.option("--preset", type=click.Choice([INSTANT, *PRESETS]), default="default", show_default=True)
 @click.option(
     "--tune",
     metavar="NAME|none",
     default="auto",
     show_default=True,
-    help="Image decoder to train through: auto (lite for sd1, else none), none, a name, or an .onnx of clric-export.",
+    help="Image decoder to train through: auto (small or lite by latent space, else none), none, a name, or an .onnx.",
 )
 @click.option(
     "--lpips", metavar="FILE", help="vgg16_lpips.npz: LPIPS-VGG's features in training instead of clric's own."
@@ -117,6 +121,8 @@ def command(
         rate = choose_rate(lmbda, quality, size, bpp)
     except ClricError as error:
         raise click.UsageError(str(error)) from None
+    if preset == INSTANT and (tune not in ("auto", "none") or lpips is not None):
+        raise click.UsageError("--preset instant trains nothing: --tune and --lpips go with the other presets")
     places = choose_outputs(images, output, ".clric")
     if json and STANDARD in places:
         raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
@@ -185,6 +191,7 @@ class _Batches:
     _waiting: dict[tuple[int, ...], list[_Waiting]] = field(default_factory=dict)
     _encoder: "ImageEncoder | None" = None
     _tuning: "Tuning | None" = None
+    _instant: "InstantEncoder | None" = None
 
     def add(self, source: str, place: str) -> None:
         """Reads an image and encodes it, as soon as there are enough of its size."""
@@ -195,12 +202,15 @@ class _Batches:
             image, notes = read_image(io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source)
             for note in notes if not self.quiet else ():
                 print_error(NAME, note, source)
+            if self.preset == INSTANT:
+                self._encode_instantly(source, place, image)
+                return
             with _libraries():
                 from . import encoding
                 from .autoencoder import load_encoder
             self.view.start(source)
             with _torch(), _libraries():
-                height, width = encoding.check_image(image)
+                height, width = check_image(image)
                 device = encoding.find_device(self.device)
                 if self._encoder is None:
                     self._encoder = load_encoder(self.vae, models=self.models, device=device)
@@ -208,7 +218,7 @@ class _Batches:
                         self.tune, self._encoder.space, self.preset, models=self.models, lpips=self.lpips, device=device
                     )
                 latent = self._encoder.encode(image)
-                encoding.check_latent(latent, width, height, self._encoder.space)
+                check_latent(latent, width, height, self._encoder.space)
                 limit = encoding.batch_size(latent.shape, PRESETS[self.preset], device)
             group = self._waiting.setdefault(latent.shape, [])
             group.append(_Waiting(source, place, latent, image))
@@ -221,6 +231,14 @@ class _Batches:
         """Encodes what still waits."""
         while self._waiting:
             self._encode(self._waiting.pop(next(iter(self._waiting))))
+
+    def _encode_instantly(self, source: str, place: str, image: "np.ndarray") -> None:
+        from . import instant
+
+        if self._instant is None:
+            self._instant = instant.load_encoder(self.vae)
+        self._write(source, place, instant.encode_image(image, self._instant, self.rate))
+        self.view.finish(1)
 
     def _encode(self, group: list[_Waiting]) -> None:
         import numpy as np
@@ -252,7 +270,7 @@ class _Batches:
             self._failed(group[0].source, error)
         for image, encoded in zip(group, results, strict=False):
             try:
-                self._write(image, encoded)
+                self._write(image.source, image.place, encoded)
             except ClricError as error:
                 self._failed(image.source, error)
         self.view.finish(len(group))
@@ -261,16 +279,16 @@ class _Batches:
         if not self.quiet:
             print_error(NAME, message)
 
-    def _write(self, image: _Waiting, encoded: "Encoded") -> None:
-        write_output(image.place, encoded.data)
-        facts = _facts(image.source, image.place, encoded)
+    def _write(self, source: str, place: str, encoded: "Encoded") -> None:
+        write_output(place, encoded.data)
+        facts = _facts(source, place, encoded)
         if encoded.note:
-            print_error(NAME, encoded.note, image.source)
+            print_error(NAME, encoded.note, source)
         if self.json:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
         elif not self.quiet and sys.stderr is not None:
             print(
-                f"{image.source} -> {image.place}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
+                f"{source} -> {place}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
                 f"latent MSE {facts['latent_mse']:.4f}",
                 file=sys.stderr,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ import numpy as np
 import torch
 from clric_decoder import bitstream
 from clric_decoder.errors import ClricError, ModelError
-from clric_decoder.latent import decode_grids, encode_grids
-from clric_decoder.models import LATENT_SPACES
-from clric_decoder.synthesis import synthesize
 
 from .autoencoder import fast_dtype, load_decoder, load_encoder
+from .instant import INSTANT, encode_instantly
 from .rate import Rate, choose_rate
+from .stream import Encoded, check_image, check_latent, decode_checked, write_stream
 from .training.distortion import ImageDecoder, ImageDistortion
 from .training.features import LpipsVgg, PerceptualDistance, load_features
 from .training.loop import Function, Report, overfit
@@ -27,13 +25,10 @@ from .training.rate_control import MIN_FILL
 
 # The image decoder that functions are trained through where nothing is said, by latent space. Decoders of the others
 # cost 15 times as much, or are not there without a network.
-DEFAULT_TUNE = {"sd1": "lite"}
+DEFAULT_TUNE = {"clric": "small", "sd1": "lite"}
 
 # A training on images that takes longer, in seconds, is announced.
 LONG = 60
-
-MAX_LATENT = 1e4  # real ones have a deviation near 1
-CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 
 # More grid values at once on a CPU's thread gain nothing; a GPU takes what its memory holds at so many bytes each.
 THREAD_VALUES, VALUE_BYTES = 125_000, 1000
@@ -47,24 +42,10 @@ class Tuning:
     perceptual: PerceptualDistance | None
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A stream, with what it was made with and came to.
-
-    lmbda: at the end of training. latent_mse: of the decoded latent. note: where the size that was asked for could not
-    be met, a sentence about what was done instead.
-    """
-
-    data: bytes
-    lmbda: float
-    latent_mse: float
-    note: str | None
-
-
 def encode(
     image: np.ndarray,
     *,
-    vae: str = "lite",
+    vae: str = "small",
     lmbda: float | None = None,
     quality: float | None = None,
     size: int | None = None,
@@ -83,10 +64,13 @@ def encode(
     largest size in bytes, or in bits per pixel, which the file comes to within 3 %. A size that cannot be met is warned
     of (UserWarning), and so is a training that takes minutes.
     vae, models: the autoencoder by name, and a folder to look for its weights in first.
-    preset: a name in `presets.PRESETS`. tune, lpips: see `load_tuning`. device: auto, cpu or cuda.
+    preset: a name in `presets.PRESETS`, or `instant` (`instant.encode_instantly`). tune, lpips: see `load_tuning`.
+    device: auto, cpu or cuda.
     progress: called with `training.loop.Progress`.
     Raises ClricError and its subclasses.
     """
+    if preset == INSTANT:
+        return encode_instantly(image, vae=vae, lmbda=lmbda, quality=quality, size=size, bpp=bpp)
     height, width = check_image(image)
     rate = choose_rate(lmbda, quality, size, bpp)
     device = find_device(device)
@@ -123,9 +107,9 @@ def load_tuning(
 ) -> Tuning | None:
     """The image decoder that functions of a latent space are trained through, and the features images are compared by.
 
-    tune: ``auto`` (lite for sd1, none for the others and for preset paper), ``none``, the name of an autoencoder, or
-    the path of an ONNX file that clric-export made. lpips: the file vgg16_lpips.npz of LPIPS-VGG, for its features
-    instead of those of the network that comes with clric. Raises ModelError.
+    tune: ``auto`` (small for clric, lite for sd1, none for the others and for preset paper), ``none``, the name of an
+    autoencoder, or the path of an ONNX file that clric-export made. lpips: the file vgg16_lpips.npz of LPIPS-VGG, for
+    its features instead of those of the network that comes with clric. Raises ModelError.
     """
     if tune == "auto":
         tune = "none" if preset == "paper" else DEFAULT_TUNE.get(space, "none")
@@ -206,13 +190,8 @@ def encode_latents(
 
     def stream(function: Function, number: int) -> bytes:
         width, height = sizes[number]
-        return bitstream.write(
-            width=width,
-            height=height,
-            space=space,
-            channels=latents.shape[1],
-            architecture=function.architecture,
-            segments=encode_grids(function.networks, function.grids, function.architecture),
+        return write_stream(
+            function.architecture, function.networks, function.grids, width=width, height=height, space=space
         )
 
     distortion = None
@@ -241,7 +220,7 @@ def encode_latents(
     result = []
     for number, (function, latent, limit) in enumerate(zip(functions, latents, limits, strict=True)):
         data = stream(function, number)
-        error = float(np.square(_decoded(data, function) - latent).mean())
+        error = float(np.square(decode_checked(data, function.networks, function.grids) - latent).mean())
         note = None
         if limit is not None and len(data) > limit:
             note = f"no stream of {limit} bytes was found; the smallest has {len(data)}"
@@ -263,48 +242,6 @@ def batch_size(shape: tuple[int, ...], preset: Preset, device: str) -> int:
         room = free // VALUE_BYTES // 2
         values *= max([warm_up.candidates for warm_up in preset.warm_up], default=1)
     return max(1, min(64, room // values))
-
-
-def check_image(image: np.ndarray) -> tuple[int, int]:
-    """Height and width of an image that can be coded. Raises ClricError for any other."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ClricError(f"the image is {image.shape} {image.dtype}; it must be (height, width, 3) uint8")
-    height, width, _ = image.shape
-    if not 1 <= min(height, width) <= max(height, width) <= bitstream.MAX_SIDE:
-        raise ClricError(f"the image is {width} x {height}; a side must be within 1 to {bitstream.MAX_SIDE}")
-    return height, width
-
-
-def check_latent(latent: np.ndarray, width: int, height: int, space: str) -> None:
-    """Raises ClricError for a latent that cannot be coded."""
-    if space in LATENT_SPACES:
-        channels = LATENT_SPACES[space].channels
-    elif CUSTOM_SPACE.fullmatch(space):
-        channels = latent.shape[0]
-    else:
-        raise ClricError(
-            f"latent space {space!r} is not known; use {', '.join(LATENT_SPACES)} or custom-<16 hex digits>"
-        )
-    expected = (channels, -(-height // 8), -(-width // 8))
-    if latent.dtype != np.float32 or latent.shape != expected:
-        raise ClricError(
-            f"the latent is {latent.shape} {latent.dtype}; for {width} x {height} pixels in the space {space} "
-            f"it must be {expected} float32"
-        )
-    if not (np.abs(latent) <= MAX_LATENT).all():
-        raise ClricError(f"the latent has values beyond +-{MAX_LATENT:g}; the autoencoder's weights do not suit it")
-
-
-def _decoded(data: bytes, function: Function) -> np.ndarray:
-    """The latent that the stream decodes to. Raises ClricError where grids or networks differ by a single integer."""
-    _, networks, grids = decode_grids(data, max_pixels=bitstream.MAX_SIDE**2)
-    same = all(map(np.array_equal, grids, function.grids)) and all(
-        decoded.exponent == coded.exponent and np.array_equal(decoded.integers, coded.integers)
-        for decoded, coded in zip(networks, function.networks, strict=True)
-    )
-    if not same:
-        raise ClricError("the stream does not decode to what was encoded; nothing was written; please report this")
-    return synthesize(grids, networks, function.architecture)
 
 
 def _warn(message: str) -> None:

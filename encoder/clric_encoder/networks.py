@@ -28,7 +28,6 @@ from clric_decoder.models import (
     LATENT_SPACES,
     Autoencoder,
     Half,
-    check_manifest,
     find_autoencoder,
     find_decoder,
     find_weights,
@@ -36,13 +35,12 @@ from clric_decoder.models import (
 )
 from torch import Tensor, nn
 
+from .encoder_file import WEIGHTS, find_encoder
+
 # diffusers, huggingface_hub and onnx take a third of a second to four seconds to import, and are imported where they
 # are needed.
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-# What comes with clric: the encoders of the autoencoders ``small`` and ``lite``.
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,11 @@ def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None
     that come with clric, in the cache of the Hugging Face hub, and on the hub. Raises ModelError for missing or damaged
     ones. The module of kinds tiny and lite is an nn.Sequential of the layers of TAESD's encoder.
     """
-    if name.endswith(".onnx"):
-        return _load_small_encoder(Path(name))
     if name.endswith(".safetensors"):
         return _load_distilled_encoder(Path(name))
+    if name.endswith(".onnx") or find_autoencoder(name).kind == "small":
+        return _load_onnx_encoder(name)
     autoencoder = find_autoencoder(name)
-    if autoencoder.kind == "small":
-        return _load_small_encoder(WEIGHTS / f"{autoencoder.name}_encoder.onnx")
     path = find_weights(autoencoder, "encoder", models) or _packaged(autoencoder)
     path = path or _hub_folder(autoencoder, "encoder", models)
     channels = LATENT_SPACES[autoencoder.space].channels
@@ -366,10 +362,8 @@ def _load_distilled_encoder(path: Path) -> Network:
     return _of_manifest(manifest, "encoder", module)
 
 
-def _load_small_encoder(path: Path) -> Network:
-    if not path.is_file():
-        raise ModelError(f"encoder file {path} does not exist")
-    manifest = check_manifest(path, "encoder")
+def _load_onnx_encoder(name: str) -> Network:
+    path, manifest = find_encoder(name)
     state = _layer_weights(path)
     module = SmallEncoder(manifest["channels"])
     _load_state(module.layers, state, path)

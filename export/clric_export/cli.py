@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "clric-export"
 
+Report = Callable[[str], None]
 
 EXPORTABLE = [name for name, autoencoder in AUTOENCODERS.items() if autoencoder.kind not in ("lite", "small")]
 
@@ -111,29 +112,24 @@ def distill(
     on a CPU.
     """
 
-    def run(teacher: str) -> None:
+    def run(report: Report) -> list[Path]:
         with _libraries():
             from .distill import distill  # torch takes seconds to import, --help should not
-        try:
-            files = distill(
-                teacher,
-                photos,
-                output,
-                streams=streams,
-                lpips=lpips,
-                start=start,
-                iterations=iterations,
-                seed=seed,
-                device=device,
-                models=models,
-                report=lambda line: click.echo(line, err=True),
-            )
-        except OSError as error:
-            raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
-        for file in files:
-            click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+        return distill(
+            teacher,
+            photos,
+            output,
+            streams=streams,
+            lpips=lpips,
+            start=start,
+            iterations=iterations,
+            seed=seed,
+            device=device,
+            models=models,
+            report=report,
+        )
 
-    return for_each(NAME, [(teacher,)], run)
+    return _train(teacher, output, run)
 
 
 @command.command()
@@ -169,6 +165,11 @@ def distill(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="vgg16_lpips.npz; without, only the feature network that comes with clric is used.",
 )
+@click.option(
+    "--streams",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of streams of the photos, made with the autoencoder as it is: its decoder learns coded latents.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def train(
     photos: Path,
@@ -181,6 +182,7 @@ def train(
     crop: str,
     crops: int,
     lpips: Path | None,
+    streams: Path | None,
     seed: int,
 ) -> int:
     """Train an autoencoder with the rate in the loss: a decoder NAME.onnx and an encoder NAME_encoder.onnx.
@@ -189,30 +191,45 @@ def train(
     time, and the same command goes on from the last checkpoint.
     """
 
-    def run(_: str) -> None:
+    def run(report: Report) -> list[Path]:
         with _libraries():
-            from .train import train  # torch takes seconds to import, --help should not
-        try:
-            files = train(
-                photos,
-                output,
-                name=name,
-                space=space,
-                channels=channels,
-                iterations=iterations,
-                decay=decay,
-                seed=seed,
-                crop=int(crop),
-                crops=crops,
-                lpips=lpips,
-                report=lambda line: click.echo(line, err=True),
-            )
-        except OSError as error:
-            raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
-        for file in files:
-            click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+            from .train import train
+        return train(
+            photos,
+            output,
+            name=name,
+            space=space,
+            channels=channels,
+            iterations=iterations,
+            decay=decay,
+            seed=seed,
+            crop=int(crop),
+            crops=crops,
+            lpips=lpips,
+            streams=streams,
+            report=report,
+        )
 
-    return for_each(NAME, [(str(output),)], run)
+    return _train(str(output), output, run)
+
+
+@command.command()
+@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
+@click.option("--vae", default="small", show_default=True, help="Autoencoder.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
+    """Train the networks that streams of preset instant name: network_sets.json.
+
+    Some minutes on a CPU.
+    """
+
+    def run(report: Report) -> list[Path]:
+        with _libraries():
+            from .network_sets import train_network_sets
+        return [train_network_sets(photos, output, vae=vae, seed=seed, report=report)]
+
+    return _train(str(output), output, run)
 
 
 @command.command()
@@ -230,7 +247,7 @@ def train(
     required=True,
     help="Folder to work in; a run that was stopped there goes on with the round that was stopped.",
 )
-@click.option("--vae", default="lite", show_default=True, help="Autoencoder whose distortions are learned.")
+@click.option("--vae", default="small", show_default=True, help="Autoencoder whose distortions are learned.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--pool", type=click.IntRange(8), default=3000, show_default=True, help="Examples that each round adds.")
 @click.option("--iterations", type=click.IntRange(1), default=1300, show_default=True, help="Of each round.")
@@ -252,30 +269,44 @@ def features(
     An hour on two cores.
     """
 
-    def run(vae: str) -> None:
+    def run(report: Report) -> list[Path]:
         with _libraries():
             from clric_encoder.autoencoder import load_encoder
             from clric_encoder.networks import load_decoder_network
 
             from .feature_distillation import distill_features
+        file = distill_features(
+            photos,
+            lpips,
+            output,
+            encode=load_encoder(vae, models).encode,
+            decoder=load_decoder_network(vae, models).module.train(),
+            rounds=rounds,
+            pool_size=pool,
+            iterations=iterations,
+            seed=seed,
+            report=report,
+        )
+        return [file]
+
+    return _train(vae, output, run)
+
+
+def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> int:
+    """A training: its reports go to standard error, the sizes of the files that it gives to standard output.
+
+    subject: what the line about an error begins with.
+    """
+
+    def work(_: str) -> None:
         try:
-            file = distill_features(
-                photos,
-                lpips,
-                output,
-                encode=load_encoder(vae, models).encode,
-                decoder=load_decoder_network(vae, models).module.train(),
-                rounds=rounds,
-                pool_size=pool,
-                iterations=iterations,
-                seed=seed,
-                report=lambda line: click.echo(line, err=True),
-            )
+            files = run(lambda line: click.echo(line, err=True))
         except OSError as error:
             raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
-        click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+        for file in files:
+            click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
 
-    return for_each(NAME, [(vae,)], run)
+    return for_each(NAME, [(subject,)], work)
 
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:

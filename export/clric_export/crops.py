@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from clric_decoder.errors import ClricError
 from clric_decoder.image import read_image
+from clric_decoder.latent import decode_latent
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -29,20 +30,33 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?
 
 
 class Crops:
-    """Augmented crops of the photos of a folder."""
+    """Augmented crops of the photos of a folder, and crops of their streams.
 
-    def __init__(self, folder: Path, side: int, seed: int) -> None:
-        """side: of the crops, in pixels. seed: decides which photos are held out.
+    images: H x W x 3 uint8. coded: numbers of images that are not held out, with latents [C, h, w] of their streams.
+    """
 
-        Raises ClricError where too few photos of at least this size are there.
+    def __init__(self, folder: Path, side: int, seed: int, streams: Path | None = None) -> None:
+        """side: of the crops, in pixels. seed: decides which photos are held out. streams: a folder of streams of the
+        photos, in it or one folder down, each named as its photo with the suffix .clric.
+
+        Raises ClricError where too few photos of at least this size are there, and for a stream that cannot be read.
         """
         self.side = side
-        self.images = []
+        self.images: list[np.ndarray] = []
+        self.coded: list[tuple[int, Tensor]] = []
         files = sorted(file for file in folder.iterdir() if file.is_file())
         for i in np.random.default_rng(seed).permutation(len(files)):
             image = read_image(files[i])[0]
-            if min(image.shape[:2]) >= side:
-                self.images.append(image)
+            if min(image.shape[:2]) < side:
+                continue
+            if streams is not None and len(self.images) >= HELD_OUT:
+                name = f"{files[i].stem}.clric"
+                for path in sorted([*streams.glob(name), *streams.glob(f"*/{name}")]):
+                    latent = torch.from_numpy(decode_latent(path.read_bytes()))
+                    if latent.shape[1:] != tuple(-(-length // 8) for length in image.shape[:2]):
+                        raise ClricError(f"{path} is a stream of another image than {files[i]}")
+                    self.coded.append((len(self.images), latent))
+            self.images.append(image)
         if len(self.images) <= HELD_OUT:
             raise ClricError(
                 f"{folder} holds {len(self.images)} photos with sides of at least {side} pixels: hundreds are needed"
@@ -55,6 +69,18 @@ class Crops:
             self._rendered(random) if random.random() < RENDERED_SHARE else self._photo(random) for _ in range(count)
         ]
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+    def coded_batch(self, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Crops of latents of streams, [count, C, side / 8, side / 8], and of their photos, as `batch` gives them."""
+        latents, crops = [], []
+        for _ in range(count):
+            number, latent = self.coded[int(random.integers(len(self.coded)))]
+            image = self.images[number]
+            # Whole latents only: what continues the last row and column of an image is no photo
+            y, x = (int(random.integers(0, (length - self.side) // 8 + 1)) for length in image.shape[:2])
+            latents.append(latent[:, y : y + self.side // 8, x : x + self.side // 8])
+            crops.append(np.array(image[8 * y : 8 * y + self.side, 8 * x : 8 * x + self.side], np.float32) / 255)
+        return torch.stack(latents), torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
     def held_out(self) -> Iterator[np.ndarray]:
         """Photos that `batch` never takes from: H x W x 3 uint8, sides multiples of 8."""

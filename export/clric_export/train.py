@@ -99,6 +99,9 @@ LAST_LAYER_SHARE = 0.2
 # Decay of the moving average of weights per iteration, and the largest norm of the gradient.
 AVERAGE_DECAY, MAX_GRADIENT = 0.999, 5.0
 
+# Where streams of the photos are given, the decoder alone trains on their latents once in so many iterations.
+CODED_EVERY = 3
+
 CHECKPOINT_EVERY = 500
 
 # Steps at which held-out photos are measured; 0 stands for no quantisation.
@@ -130,6 +133,7 @@ def train(
     crops: int = 4,
     learning_rate: float = 7e-4,
     lpips: Path | None = None,
+    streams: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Trains an autoencoder in ``folder``, or goes on with it, and writes its files there.
@@ -139,15 +143,17 @@ def train(
     nothing is trained if the checkpoint has as many. decay: iterations that follow, in which the learning rate falls to
     zero; they have a checkpoint of their own, and a later run goes on from before the decay. crop, crops: side of crops
     in pixels, and how many make a batch. lpips: vgg16_lpips.npz, for LPIPS-VGG in some iterations and in the log;
-    without, its student alone is used. report: called with lines about the progress.
+    without, its student alone is used. streams: a folder of streams of the photos by clric-enc with this autoencoder
+    as it was when they were made, each named as its photo: the decoder learns what coded latents are like. report:
+    called with lines about the progress.
 
     Gives the paths of the decoder and of the encoder (ONNX, the weights stored in int8) and of their manifests.
     Raises ClricError and OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(channels, seed, crop, crops, learning_rate)
-    run = _Run(settings, Crops(photos, crop, seed), lpips)
-    report(f"{len(run.data.images)} photos, bfloat16: {run.bfloat16}")
+    run = _Run(settings, Crops(photos, crop, seed, streams), lpips)
+    report(f"{len(run.data.images)} photos, {len(run.data.coded)} streams of them, bfloat16: {run.bfloat16}")
     checkpoint = folder / "checkpoint.pt"
     run.load(checkpoint)
     run.advance(iterations, lambda iteration: 1.0, checkpoint, folder / "log.jsonl", report)
@@ -305,6 +311,10 @@ class _Run:
             parts = self._imitation_loss(pixels)
         elif self.iteration < IMITATION + PRIOR_ALONE:
             parts = self._rate_loss(pixels, random)
+        elif self.data.coded and self.iteration % CODED_EVERY == CODED_EVERY - 1:
+            latents, pixels = self.data.coded_batch(random, self.settings.crops)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            parts = self._image_losses(latents, pixels, random)
         else:
             parts = self._losses(pixels, random)
         total = torch.stack(list(parts.values())).sum()
@@ -349,12 +359,14 @@ class _Run:
         rounded = values + (values.round() - values).detach()
         is_rounded = torch.from_numpy(random.random(len(pixels)) < ROUNDED_SHARE)[:, None, None, None]
         quantised = torch.where(is_rounded, rounded, noisy)
-        image = self._decode(quantised * scale)
-
         bits = self.model["prior"](noisy, step).sum((1, 2, 3)) / pixels[0, 0].numel()
-        vectors = _ripple_vectors((quantised * scale).detach(), pixels, random)
+        rate = RATE_WEIGHT * (bits * (step / 0.5).square()).mean()
+        return {"rate": rate, **self._image_losses(quantised * scale, pixels, random)}
+
+    def _image_losses(self, latents: Tensor, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
+        image = self._decode(latents)
+        vectors = _ripple_vectors(latents.detach(), pixels, random)
         return {
-            "rate": RATE_WEIGHT * (bits * (step / 0.5).square()).mean(),
             "pixels": PIXELS_WEIGHT * F.l1_loss(image, pixels),
             "colour": COLOUR_WEIGHT * F.l1_loss(F.avg_pool2d(image, 8), F.avg_pool2d(pixels, 8)),
             "structure": STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels))),

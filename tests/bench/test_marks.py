@@ -41,6 +41,7 @@ CODECS: dict[str, tuple[str, dict[str, str], set[str]]] = {
     "clric taesd default tuned through lite": ("lite", CLRIC, TUNED | {"latent_mse"}),
     "clric taesd default untuned": ("none", CLRIC, {"latent_mse"}),
     "lite ceiling": ("", CEILING, LITE),
+    "small ceiling": ("", CEILING, TUNED),
     "taesd ceiling": ("", CEILING, set()),
     "AVIF": ("", {}, set()),
     "mbt2018": ("", ZOO, {"psnr"}),

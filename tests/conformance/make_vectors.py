@@ -30,7 +30,8 @@ from clric_decoder.context import build_arms, encode_level
 from clric_decoder.entropy import ESCAPE_HIGH, RangeEncoder
 from clric_decoder.latent import encode_grids
 from clric_decoder.models import LATENT_SPACES
-from clric_decoder.networks import Parameters, encode_networks, parameter_groups
+from clric_decoder.network_sets import network_set
+from clric_decoder.networks import Parameters, decode_networks, encode_networks, parameter_groups
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -52,6 +53,7 @@ class Case:
     parameter_scale: float = 6.0
     metadata: bytes = b""
     exponents: tuple[int, int] = (3, 8)
+    network_set: int = 0
     edit: Callable[[list[np.ndarray]], None] = field(default=lambda grids: None)
 
 
@@ -191,6 +193,10 @@ CASES = [
     ),
     Case("metadata", metadata=b"\x01\x03ICC\xc8\x00"),
     Case("metadata-malformed", metadata=b"\x02\xff"),
+    Case("space-clric", space="clric", architecture=registered_architecture(7)),
+    Case("network-set-1", space="clric", architecture=registered_architecture(8), network_set=1),
+    Case("network-set-7", space="clric", architecture=registered_architecture(8), network_set=7, grid_scale=6.0),
+    Case("network-set-blank", 256, 256, "clric", registered_architecture(8), network_set=2, edit=_all_zero),
 ]
 
 
@@ -206,16 +212,20 @@ def make_valid(case: Case, seed: int) -> tuple[bytes, list[np.ndarray]]:
         integers = np.rint(rng.laplace(scale=max(case.parameter_scale, 1e-9), size=group.shape))
         limit = group.limit(exponent)
         networks.append(Parameters(group, exponent, np.clip(integers, -limit, limit).astype(np.int32)))
+    if case.network_set:
+        networks = decode_networks(network_set(architecture, case.network_set), architecture)
     shapes = grid_shapes(architecture.channels, -(-case.height // 8), -(-case.width // 8))
     grids = [np.rint(rng.laplace(scale=case.grid_scale, size=shape)).astype(np.int32) for shape in shapes]
     case.edit(grids)
+    segments = encode_grids(networks, grids, architecture, case.metadata)
     data = bitstream.write(
         width=case.width,
         height=case.height,
         space=case.space,
         channels=channels,
         architecture=architecture,
-        segments=encode_grids(networks, grids, architecture, case.metadata),
+        segments=replace(segments, networks=b"") if case.network_set else segments,
+        network_set=case.network_set,
     )
     return data, grids
 
@@ -318,7 +328,7 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         "truncated-huge-length": ("truncated", patched(lengths, 255, 255, 255, 255, 15)),
         "unsupported-space": ("unsupported", patched(4, 15)),
         "unsupported-architecture": ("unsupported", patched(9, 255)),
-        "unsupported-default-set": ("unsupported", patched(4, body[4] | 0x20)),
+        "unsupported-network-set": ("unsupported", patched(4, body[4] | 0x20)),
         "unsupported-arm-flag": ("unsupported", patched(flags, body[flags] | 128)),
         "unsupported-layer-kind": ("unsupported", patched(kind, body[kind] | 128)),
         "field-width-0": ("field", patched(5, 0, 0)),

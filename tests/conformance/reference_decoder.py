@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import struct
 import sys
 import zlib
@@ -31,7 +32,9 @@ Array = NDArray[np.float64]
 ERRORS = ("magic", "truncated", "version", "checksum", "unsupported", "field", "limit", "payload")
 
 MAGIC = b"\xc7\x4c\x52"
-SPACES = {1: ("sd1", 4), 2: ("sdxl", 4), 3: ("sd3", 16), 4: ("flux1", 16), 5: ("flux2", 32)}  # section 3.1
+SPACES = {  # section 3.1
+    1: ("sd1", 4), 2: ("sdxl", 4), 3: ("sd3", 16), 4: ("flux1", 16), 5: ("flux2", 32), 6: ("clric", 8),
+}  # fmt: skip
 ARCHITECTURES = {  # section 10
     1: bytes.fromhex("0504010101010800220803040008090405"),
     2: bytes.fromhex("070101010101010108000208042808040004090405"),
@@ -39,8 +42,11 @@ ARCHITECTURES = {  # section 10
     4: bytes.fromhex("0520010101010800220803200020192004"),
     5: bytes.fromhex("070101010101010108000208042808100010191015"),
     6: bytes.fromhex("070101010101010108000208042808200020192015"),
+    7: bytes.fromhex("0508010101010800220803080008190804"),
+    8: bytes.fromhex("01080803220803080008190804"),
 }
-UPSAMPLER_DEFAULT = (-0.03515625, 0.26171875, 0.87890625, -0.10546875)  # section 6.2, default set 0
+NETWORK_SETS = Path(__file__).parents[2] / "decoder/clric_decoder/weights/network_sets.json"  # section 6.3
+UPSAMPLER_DEFAULT = (-0.03515625, 0.26171875, 0.87890625, -0.10546875)  # section 6.2
 NEIGHBOURS = (  # section 7.2: (dy, dx)
     (0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3),
     (-1, -2), (-2, -1), (-2, 1), (-2, 2), (-1, -3), (-2, -2), (-3, 1), (-3, -1),
@@ -183,8 +189,6 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     fields = Fields(data[:-4])  # neither a field nor a segment may reach into the checksum
     fields.take(4)
     flags = fields.number(1)
-    if flags >> 5:
-        raise StreamError("unsupported", f"default set {flags >> 5} is not known")
     space = flags & 15
     if space != 0 and space not in SPACES:
         raise StreamError("unsupported", f"latent space {space} is not known")
@@ -202,9 +206,12 @@ def read_header(data: bytes, max_pixels: int) -> Header:
 
     number = fields.number(1)
     if number == 0:
+        start = fields.position
         architecture = read_architecture(fields, channels)
+        description = fields.data[start : fields.position]
     elif number in ARCHITECTURES:
-        architecture = read_architecture(Fields(ARCHITECTURES[number]), channels)
+        description = ARCHITECTURES[number]
+        architecture = read_architecture(Fields(description), channels)
     else:
         raise StreamError("unsupported", f"architecture {number} is not known")
 
@@ -222,6 +229,8 @@ def read_header(data: bytes, max_pixels: int) -> Header:
         raise StreamError("field", "bytes are left for level 0, which has no channels")
     lengths[0] = left
     networks = fields.take(networks_length)
+    if flags >> 5:
+        networks = network_set(description, flags >> 5)
     levels = [fields.take(length) for length in reversed(lengths)][::-1]
     metadata = fields.take(metadata_length)  # section 3.3: a decoder may ignore what it holds
     return Header(width, height, name, channels, architecture, networks, tuple(levels), metadata)
@@ -379,6 +388,14 @@ class RangeDecoder:
 
 
 # ---- section 6: networks
+
+
+def network_set(description: bytes, number: int) -> bytes:
+    """Section 6.3: the networks segment of a registered set."""
+    segments = json.loads(NETWORK_SETS.read_text()).get(description.hex(), [])
+    if number > len(segments):
+        raise StreamError("unsupported", f"network set {number} is not known")
+    return bytes.fromhex(segments[number - 1])
 
 
 @dataclass(frozen=True)

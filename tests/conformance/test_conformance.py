@@ -76,6 +76,11 @@ def test_reference_decoder_agrees_on_invalid_streams(name) -> None:
     assert error.value.kind == MANIFEST["invalid"][name]["error"]
 
 
+def test_the_specification_names_the_table_of_network_sets() -> None:
+    digest = hashlib.sha256(reference_decoder.NETWORK_SETS.read_bytes()).hexdigest()
+    assert digest in (SUITE.parents[1] / "bitstream_spec.md").read_text()
+
+
 def test_worked_example_of_the_specification_is_a_vector() -> None:
     section = (SUITE.parents[1] / "bitstream_spec.md").read_text().split("## 13.")[1].split("## Appendix")[0]
     rows = [row.split("|") for row in section.splitlines() if row.startswith("| ")]

@@ -38,7 +38,7 @@ def test_one_pixel_through_pipes(run: Run) -> None:
     result = run("clric-enc", "-", input=photo.getvalue())
     assert result.returncode == 0, result.stderr
     header = read_header(result.stdout)
-    assert (header.width, header.height, header.space) == (1, 1, "sd1")
+    assert (header.width, header.height, header.space) == (1, 1, "clric")
     assert np.isfinite(decode_latent(result.stdout)).all()
     assert result.stderr.decode().startswith(f"- -> -: {len(result.stdout)} bytes, ")
     assert result.stderr.count(b"\n") == 1
@@ -53,12 +53,12 @@ def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_pat
     facts = json.loads(result.stdout)
     data = (tmp_path / "photo.clric").read_bytes()
     assert (facts["file"], facts["output"]) == ("photo.png", "photo.clric")
-    assert (facts["width"], facts["height"], facts["latent_space"]) == (24, 16, "sd1")
+    assert (facts["width"], facts["height"], facts["latent_space"]) == (24, 16, "clric")
     assert facts["bytes"] == len(data)
     assert facts["bpp"] == pytest.approx(8 * len(data) / (24 * 16))
     assert facts["lambda"] == pytest.approx(0.5 * 10**0.75)
     assert 0 <= facts["latent_mse"] < 1
-    assert decode_latent(data).shape == (4, 2, 3)
+    assert decode_latent(data).shape == (8, 2, 3)
 
 
 def hear_interrupts() -> None:
@@ -214,8 +214,8 @@ def test_outputs_that_cannot_be_written_are_said_before_the_training(run: Run, t
     ("module", "reason"),
     [
         ("raise OSError('libtorch.so: wrong ELF class')", "cannot be loaded (libtorch.so: wrong ELF class)"),
-        ("def check_image(*a): raise RuntimeError('CUDA out of memory.\\nTried')", "not enough memory"),
-        ("def check_image(*a): raise RuntimeError('CUDA error:\\nlaunch')", "torch failed (CUDA error: launch)"),
+        ("def find_device(*a): raise RuntimeError('CUDA out of memory.\\nTried')", "not enough memory"),
+        ("def find_device(*a): raise RuntimeError('CUDA error:\\nlaunch')", "torch failed (CUDA error: launch)"),
     ],
 )
 def test_torch_that_fails_is_one_line_for_each_image(tmp_path: Path, module: str, reason: str) -> None:

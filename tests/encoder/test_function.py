@@ -27,6 +27,7 @@ NAMES = (
     "arm-linear",
     "grids-paper",
     "grids-gap",
+    "grids-single-level",
     "synthesis-eight-layers",
 )
 

@@ -47,7 +47,7 @@ def psnr(image: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_the_network_of_lite_is_the_one_that_clients_run(face: np.ndarray, lite: ImageDecoder) -> None:
-    data = encode(face, preset="quick", tune="none")
+    data = encode(face, vae="lite", preset="quick", tune="none")
     with torch.inference_mode():
         image = lite.run(torch.from_numpy(decode_latent(data))[None]).clamp(0, 1)[0, :, :192, :200]
     difference = decode(data) - 255.0 * image.permute(1, 2, 0).numpy()
@@ -60,7 +60,7 @@ def test_the_target_moves_against_the_gradient_of_the_loss(face: np.ndarray, lit
     image = ImageDistortion([face], latent, lite, load_features())
     direction = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     image.look(latent, [0])
-    gradient = (latent - image.targets) * (2 * image.curvatures / latent.numel())
+    gradient = (latent - image.targets) * (2 * distortion.CURVATURE / latent.numel())
     losses = []
     for step in (-1e-4, 1e-4):
         image._looks = 0  # each look reads features from another corner
@@ -94,7 +94,7 @@ def test_tiles_see_what_the_whole_sees(face: np.ndarray, lite: ImageDecoder, mon
 
 
 def test_a_tuned_file_is_no_larger_and_its_picture_better(face: np.ndarray) -> None:
-    plain, tuned = (encode(face, preset="fast", tune=tune, quality=60) for tune in ("none", "auto"))
+    plain, tuned = (encode(face, vae="lite", preset="fast", tune=tune, quality=60) for tune in ("none", "auto"))
     assert len(tuned) <= len(plain)
     assert psnr(decode(tuned), face) > psnr(decode(plain), face) + 0.5
     a, b, original = (
@@ -104,7 +104,7 @@ def test_a_tuned_file_is_no_larger_and_its_picture_better(face: np.ndarray) -> N
 
 
 def test_smaller_lambda_gives_larger_tuned_files(face: np.ndarray) -> None:
-    sizes = [len(encode(face, preset="quick", lmbda=lmbda)) for lmbda in (4.0, 1.0, 0.3, 0.1)]
+    sizes = [len(encode(face, vae="lite", preset="quick", lmbda=lmbda)) for lmbda in (4.0, 1.0, 0.3, 0.1)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
 
@@ -112,11 +112,11 @@ def test_smaller_lambda_gives_larger_tuned_files(face: np.ndarray) -> None:
 @pytest.mark.parametrize("bpp", [0.1, 0.25])
 def test_sizes_that_are_asked_for(face: np.ndarray, bpp: float) -> None:
     limit = bpp * face.shape[0] * face.shape[1] / 8
-    assert 0.97 * limit <= len(encode(face, preset="fast", bpp=bpp)) <= limit
+    assert 0.97 * limit <= len(encode(face, vae="lite", preset="fast", bpp=bpp)) <= limit
 
 
 def test_same_seed_same_bytes(face: np.ndarray) -> None:
-    streams = [encode(face, preset="quick", seed=seed) for seed in (3, 3, 4)]
+    streams = [encode(face, vae="lite", preset="quick", seed=seed) for seed in (3, 3, 4)]
     assert streams[0] == streams[1] != streams[2]
 
 
@@ -127,7 +127,7 @@ def test_each_of_a_batch_is_trained_on_its_own_image(face: np.ndarray) -> None:
     sizes = [(image.shape[1], image.shape[0]) for image in images]
     streams = encode_latents(latents, sizes, "sd1", Rate(0.5), preset="quick", tuning=tuning, images=images)
     for image, encoded in zip(images, streams, strict=True):
-        alone = encode(image, lmbda=0.5, preset="quick")
+        alone = encode(image, vae="lite", lmbda=0.5, preset="quick")
         assert len(encoded.data) == pytest.approx(len(alone), rel=0.1)
         assert psnr(decode(encoded.data), image) == pytest.approx(psnr(decode(alone), image), abs=0.5)
 
@@ -164,7 +164,9 @@ def test_a_path_of_an_onnx_file_is_a_decoder(face: np.ndarray) -> None:
     from clric_decoder.models import find_decoder
 
     path, _ = find_decoder("lite")
-    assert encode(face, preset="quick", tune=str(path)) == encode(face, preset="quick", tune="lite")
+    assert encode(face, vae="lite", preset="quick", tune=str(path)) == encode(
+        face, vae="lite", preset="quick", tune="lite"
+    )
 
 
 def test_the_feature_network_keeps_its_limits() -> None:
@@ -220,7 +222,7 @@ def test_bfloat16_weights_give_nearly_the_same(face: np.ndarray) -> None:
 def test_a_long_training_is_announced(face: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clric_encoder.encoding.LONG", 0)
     with pytest.warns(UserWarning, match="through the image decoder lite takes about"):
-        encode(face[:32, :32].copy(), preset="quick")
+        encode(face[:32, :32].copy(), vae="lite", preset="quick")
 
 
 def test_taesd_as_the_decoder(shared: Path, face: np.ndarray) -> None:

@@ -233,8 +233,9 @@ def test_unknown_names_and_unwritable_folders_are_one_line(shared: Path, tmp_pat
     assert result.output.startswith(f"clric-export: taesd: {tmp_path / 'file' / 'folder'}: cannot be written (")
 
 
-def test_the_lite_decoder_needs_no_export(tmp_path: Path) -> None:
-    result = invoke(["lite", "-o", str(tmp_path)])
+@pytest.mark.parametrize("name", ["lite", "small"])
+def test_what_comes_with_clric_needs_no_export(name: str, tmp_path: Path) -> None:
+    result = invoke([name, "-o", str(tmp_path)])
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert "comes with clric as ONNX" in result.output
 

@@ -11,8 +11,10 @@ import torch
 from click.testing import CliRunner
 from clric_decoder.autoencoder import decode
 from clric_decoder.errors import ClricError, ModelError
+from clric_decoder.image import read_image
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.encoding import encode
+from clric_encoder.instant import encode_instantly
 from clric_encoder.networks import SmallDecoder, load_decoder_network, load_encoder_network
 from clric_export import crops as crops_module
 from clric_export import train as training
@@ -123,6 +125,27 @@ def test_crops_depend_on_their_generator_alone(photos: Path) -> None:
     assert all(image.shape == (112, 144, 3) for image in data.held_out())
     with pytest.raises(ClricError, match="holds 0 photos with sides of at least 192"):
         Crops(photos, 192, 0)
+
+
+def test_crops_of_streams_lie_where_their_photos_do(photos: Path, tmp_path: Path) -> None:
+    for file in sorted(photos.iterdir())[:9]:
+        (tmp_path / f"{file.stem}.clric").write_bytes(encode_instantly(read_image(file)[0]))
+    data = Crops(photos, 64, 0, tmp_path)
+    assert {number for number, _ in data.coded} <= set(range(crops_module.HELD_OUT, 12))
+    latents, pixels = data.coded_batch(np.random.default_rng(0), 6)
+    assert (latents.shape, pixels.shape) == ((6, 8, 8, 8), (6, 3, 64, 64))
+    encoder = load_encoder_network("small").module
+    for latent, own in zip(latents, pixels, strict=True):
+        # The latent of the photo's crop is nearer than that of any crop 8 pixels away would be
+        error = (encoder(own[None])[0] - latent)[:, 2:-2, 2:-2].square().mean()
+        moved = (encoder(own.roll(8, 2)[None])[0] - latent)[:, 2:-2, 3:-2].square().mean()
+        assert error < moved
+    (tmp_path / "0.clric").write_bytes(encode_instantly(np.zeros((64, 64, 3), np.uint8)))
+    names = [file.stem for file in photos.iterdir()]
+    for name in names:
+        (tmp_path / f"{name}.clric").write_bytes((tmp_path / "0.clric").read_bytes())
+    with pytest.raises(ClricError, match="is a stream of another image"):
+        Crops(photos, 64, 0, tmp_path)
 
 
 @pytest.fixture

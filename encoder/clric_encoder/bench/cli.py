@@ -13,6 +13,7 @@ import click
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.terminal import print_error, run_command
 
+from ..instant import INSTANT
 from ..rate import Rate
 from ..training.presets import PRESETS
 from .codecs import CODECS, make_codecs
@@ -47,9 +48,9 @@ def command() -> None:
     metavar="NAME",
     help=f"Of {', '.join(CODECS)}; again for several.  [default: all]",
 )
-@click.option("--vae", "vaes", metavar="NAME", multiple=True, default=("lite",), show_default=True, help="Of clric.")
+@click.option("--vae", "vaes", metavar="NAME", multiple=True, default=("small",), show_default=True, help="Of clric.")
 @click.option(
-    "--preset", "presets", type=click.Choice(list(PRESETS)), multiple=True, default=("default",), help="Of clric."
+    "--preset", "presets", type=click.Choice([INSTANT, *PRESETS]), multiple=True, default=("default",), help="Of clric."
 )
 @click.option(
     "--lambda", "lambdas", type=float, multiple=True, default=DEFAULT_LAMBDAS, show_default=True, help="Of clric."

@@ -192,17 +192,20 @@ def _decoder_of_auto(tune: str, vae: str, preset: str) -> str:
     Raises ModelError for a name that is not known.
     """
     from ..encoding import DEFAULT_TUNE
+    from ..instant import INSTANT
 
     if tune not in ("auto", "none") and not tune.endswith(".onnx"):
         return find_autoencoder(tune).name
     if tune != "auto":
         return tune
-    return "none" if preset == "paper" else DEFAULT_TUNE.get(find_autoencoder(vae).space, "none")
+    return "none" if preset in ("paper", INSTANT) else DEFAULT_TUNE.get(find_autoencoder(vae).space, "none")
 
 
 def _training_seconds(preset: str, tuned: bool) -> float:
     from ..training.presets import PRESETS
 
+    if preset not in PRESETS:
+        return 1.0
     return 3 + 0.005 * PRESETS[preset].iterations + 0.15 * PRESETS[preset].tuning.looks * tuned
 
 
@@ -257,10 +260,15 @@ def load_latent_encoder(vae: str, models: str | None) -> Any:
 
 
 def _open_clric_encoder(vae: str, preset: str, models: str | None, tune: str) -> Encode:
-    encoder = load_latent_encoder(vae, models)
-    from ..encoding import check_latent, encode_latents, load_tuning
+    from ..encoding import encode_latents, load_tuning
+    from ..instant import INSTANT, encode_image, load_encoder
     from ..rate import Rate
+    from ..stream import check_latent
 
+    if preset == INSTANT:
+        instant = load_encoder(vae, threads=1)
+        return lambda image, setting: encode_image(image, instant, Rate(float(setting.removeprefix("lambda ")))).data
+    encoder = load_latent_encoder(vae, models)
     tuning = load_tuning(tune, encoder.space, preset, models=models)
 
     def encode(image: np.ndarray, setting: str) -> bytes:

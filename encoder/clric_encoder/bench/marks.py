@@ -35,6 +35,11 @@ TRAININGS = (
         ("ms_ssim", "ssim", "lpips_squeeze"),
         lambda row: vae_of(row) == "lite",
     ),
+    Training(
+        "the autoencoder small, on absolute error, MS-SSIM, LPIPS-VGG and features distilled from it",
+        ("psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"),
+        lambda row: vae_of(row) == "small",
+    ),
     Training("CompressAI's models, on squared error", ("psnr",), lambda row: "metric=mse" in row["version"]),
 )
 

@@ -37,7 +37,8 @@ class Synthesis:
     ) -> None:
         backend = backend_for(packed.device)
         if like is None:
-            self._upsampled: Upsampled = backend.Upsampled(packed, networks["upsampler"], layout)
+            taps = networks["upsampler"] if len(layout.shapes) > 1 else packed.new_zeros(len(packed), 0, 4)
+            self._upsampled: Upsampled = backend.Upsampled(packed, taps, layout)
         else:
             self._upsampled = like._upsampled
         biases = networks["synthesis.bias"].split([shape.channels for shape in architecture.synthesis], 1)
@@ -76,7 +77,9 @@ class Synthesis:
         grad_networks["synthesis.bias"] += torch.cat(grad_biases[::-1], 1)
 
         assert gradients[0] is not None
-        grad_networks["upsampler"] += self._upsampled.backward(gradients[0], grad_packed)
+        grad_taps = self._upsampled.backward(gradients[0], grad_packed)
+        if "upsampler" in grad_networks:
+            grad_networks["upsampler"] += grad_taps
 
 
 class GridBits:
@@ -119,7 +122,7 @@ class GridBits:
 class Packing:
     """All parameters of a function as one vector, in the order of `parameter_groups`.
 
-    defaults: (parameters,) default set 0.
+    defaults: (parameters,).
     """
 
     def __init__(self, architecture: Architecture, device: torch.device) -> None:

@@ -42,7 +42,7 @@ FINISHING_LOOKS = 10  # iterations between two looks at the image, where that is
 
 # Lambda of the training on images as a multiple of that on latents, and what it leaves of a file, about: more than that
 # at rates above 0.2 bpp. Where a size is missed, all starts again with what it left.
-TUNING_LAMBDA, TUNING_GAIN, TUNING_RETRIES = 2.5, 0.95, 3
+TUNING_LAMBDA, TUNING_GAIN, TUNING_RETRIES = 1.5, 0.95, 3
 
 # Seeds of candidates are below.
 TUNING_SEED = 500

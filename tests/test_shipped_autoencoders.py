@@ -1,4 +1,4 @@
-"""The autoencoder that comes with clric: a fresh machine without a network needs nothing else."""
+"""The autoencoders that come with clric, small and lite: a fresh machine without a network needs nothing else."""
 
 import os
 from importlib.resources import files
@@ -9,8 +9,10 @@ import pytest
 import torch
 from clric_decoder import decode, read_header
 from clric_decoder.autoencoder import decode_tiled, open_decoder
+from clric_decoder.models import LATENT_SPACES
+from clric_encoder import instant
 from clric_encoder.autoencoder import load_encoder
-from clric_encoder.networks import load_decoder_network
+from clric_encoder.networks import load_decoder_network, load_encoder_network
 from clric_encoder.training.distortion import ms_ssim, structure
 from clric_export.losses import Lpips
 from PIL import Image
@@ -28,9 +30,37 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def test_it_is_small() -> None:
-    assert files("clric_decoder").joinpath("weights/lite.onnx").stat().st_size <= 1_000_000
-    assert files("clric_encoder").joinpath("weights/lite_encoder.safetensors").stat().st_size <= 2_000_000
+def test_they_are_small() -> None:
+    for name, encoder in (("small", "small_encoder.onnx"), ("lite", "lite_encoder.safetensors")):
+        assert files("clric_decoder").joinpath(f"weights/{name}.onnx").stat().st_size <= 1_000_000
+        assert files("clric_encoder").joinpath(f"weights/{encoder}").stat().st_size <= 2_000_000
+
+
+def test_networks_of_small_cost_what_they_may() -> None:
+    """Multiply-accumulates per pixel, counted from the shapes of what each convolution computes."""
+
+    def macs(network: torch.nn.Module, example: torch.Tensor, pixels: int) -> float:
+        counts = []
+
+        def count(layer: torch.nn.Module, _: object, output: torch.Tensor) -> None:
+            counts.append(layer.weight[0].numel() * output.numel())
+
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(count)
+        network(example)
+        return sum(counts) / pixels
+
+    decoder, encoder = load_decoder_network("small").module, load_encoder_network("small").module
+    assert macs(decoder, torch.zeros(1, 8, 16, 16), 128 * 128) <= 20_000
+    assert macs(encoder, torch.zeros(1, 3, 128, 128), 128 * 128) <= 40_000
+
+
+def test_torch_and_onnx_give_the_same_latents() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (70, 93, 3), np.uint8)
+    latent = load_encoder("small").encode(image)
+    assert latent.shape == (8, 9, 12)
+    np.testing.assert_allclose(instant.load_encoder("small").encode(image), latent, atol=1e-3)
 
 
 def test_a_fresh_machine_without_a_network(run, tmp_path: Path) -> None:
@@ -40,7 +70,7 @@ def test_a_fresh_machine_without_a_network(run, tmp_path: Path) -> None:
     for command in (("clric-enc", "photo.png"), ("clric-dec", "photo.clric", "-o", "back.png")):
         done = run(*command)
         assert done.returncode == 0, done.stderr
-    assert read_header((tmp_path / "photo.clric").read_bytes()).space == "sd1"
+    assert read_header((tmp_path / "photo.clric").read_bytes()).space == "clric"
     back = np.asarray(Image.open(tmp_path / "back.png"))
     assert back.shape == photo.shape
     assert 10 * np.log10(255**2 / np.mean((back - photo.astype(float)) ** 2)) > 20
@@ -55,9 +85,11 @@ def test_a_folder_given_by_the_user_comes_first(toy_models: Path, make_stream, t
     assert not np.array_equal(own, decode(data))
 
 
-def test_tiles_are_exact() -> None:
-    decoder = open_decoder(None, "sd1")
-    latent = np.random.default_rng(0).standard_normal((4, 75, 33)).astype(np.float32)
+@pytest.mark.parametrize("space", ["sd1", "clric"])
+def test_tiles_are_exact(space: str) -> None:
+    decoder = open_decoder(None, space)
+    channels = LATENT_SPACES[space].channels
+    latent = np.random.default_rng(0).standard_normal((channels, 75, 33)).astype(np.float32)
     whole = decode_tiled(decoder, latent, 75 * 33)
     np.testing.assert_allclose(decode_tiled(decoder, latent, 1), whole, atol=1e-5)
 
@@ -96,3 +128,17 @@ def test_other_decoders_show_what_the_encoder_gives(figures: dict[tuple[str, str
     psnr, structure, _ = figures["lite", "taesd"] - figures["taesd", "taesd"]
     assert psnr > -0.8
     assert structure > -0.04
+
+
+def test_the_picture_of_small_before_coding(shared: Path) -> None:
+    """A bound on regressions; the figures on all of Kodak are in the model card."""
+    rows = []
+    for name, box in CROPS.items():
+        photo = np.asarray(Image.open(shared / f"data/kodak/{name}.png").convert("RGB").crop(box))
+        image = decode_tiled(open_decoder("small", "clric"), load_encoder("small").encode(photo))
+        pixels, decoded = to_tensor(photo), torch.from_numpy(image).permute(2, 0, 1)[None]
+        psnr = -10 * (decoded - pixels).square().mean().log10()
+        rows.append((float(psnr), float(ms_ssim(decoded, structure(pixels)))))
+    psnr, structural = np.mean(rows, 0)
+    assert psnr > 24.2
+    assert structural > 0.92
