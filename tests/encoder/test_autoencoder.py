@@ -10,7 +10,7 @@ import pytest
 import torch
 from clric_decoder.errors import ModelError
 from clric_decoder.models import AUTOENCODERS, LATENT_SPACES
-from clric_encoder import autoencoder, networks
+from clric_encoder import autoencoder, networks, tiling
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.tiling import in_tiles
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -85,7 +85,7 @@ def test_tiles_change_nothing(
     encoder = load_encoder(name, shared / "models")
     whole = encoder.encode(image)
     monkeypatch.setattr(autoencoder, "_TINY_PIXELS", 264 * 264)
-    assert autoencoder._grid(shape[0] // 8, shape[1] // 8, 9, 33 * 33) != (1, 1)
+    assert tiling._grid(shape[0] // 8, shape[1] // 8, 9, 33 * 33) != (1, 1)
     np.testing.assert_allclose(encoder.encode(image), whole, atol=2e-5)
 
 
@@ -104,11 +104,11 @@ def test_a_halo_one_latent_smaller_would_not_do(
 @pytest.mark.parametrize("size", [(1, 1), (63, 3750), (3750, 63), (171, 256), (2000, 2000)])
 def test_tiles_stay_within_the_limit(size: tuple[int, int], limit: int) -> None:
     h, w = size
-    rows, columns = autoencoder._grid(h, w, 16, limit)
+    rows, columns = tiling._grid(h, w, 16, limit)
     tallest = min(h, -(-h // rows) + 32)
     widest = min(w, -(-w // columns) + 32)
     assert tallest * widest <= limit
-    assert list(autoencoder._spans(h, rows))[-1][1] == h
+    assert list(tiling._spans(h, rows))[-1][1] == h
 
 
 @pytest.mark.slow
