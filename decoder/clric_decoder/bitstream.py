@@ -12,6 +12,7 @@ from functools import cached_property
 
 from .errors import StreamError
 from .models import LATENT_SPACES
+from .network_sets import network_set as find_network_set
 
 MAGIC = b"\xc7LR"
 VERSION = 0
@@ -302,6 +303,8 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     number = reader.integer()
     architecture = registered_architecture(number) if number else _read_architecture(reader)
     _check("the last synthesis layer's channels", architecture.synthesis[-1].channels, channels, channels)
+    if flags >> 5:
+        find_network_set(architecture, flags >> 5)
 
     network_length = reader.length()
     lengths = [reader.length() if c else 0 for c in architecture.channels[:0:-1]]

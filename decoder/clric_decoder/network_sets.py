@@ -4,12 +4,17 @@ They were trained on many images, for preset `instant`, which encodes without tr
 network_sets.json: for each architecture, by its description, the networks segments of sets 1, 2, ...
 """
 
+from __future__ import annotations
+
 import json
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from .bitstream import Architecture
 from .errors import StreamError
 from .models import WEIGHTS
+
+if TYPE_CHECKING:
+    from .bitstream import Architecture
 
 FILE = WEIGHTS / "network_sets.json"
 MAX_SETS = 7  # three bits of the header name them; 0 stands for networks of the stream's own

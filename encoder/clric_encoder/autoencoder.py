@@ -7,7 +7,6 @@ training (`training.distortion`).
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .networks import load_decoder_network, load_encoder_network
-from .tiling import in_tiles, padded
+from .tiling import ImageEncoder, in_tiles
 from .training.distortion import ImageDecoder
 
 # The layers up to the last stride bring the image to an eighth of its size; only they work at sizes where memory
@@ -35,27 +34,6 @@ _KL_PIXELS = 1024 * 1024
 
 # A SmallEncoder has 80 channels at a quarter of the size.
 _SMALL_PIXELS = 2048 * 2048
-
-
-@dataclass(frozen=True)
-class ImageEncoder:
-    """The encoder half of an autoencoder, ready to run: see `load_encoder`."""
-
-    name: str
-    space: str
-    _encode: Callable[[np.ndarray], np.ndarray]
-
-    def encode(self, image: np.ndarray) -> np.ndarray:
-        """The scaled latent of an image.
-
-        image: H x W x 3, uint8 RGB, H and W at least 1. Sides that are no multiple of 8 are continued at the
-        bottom and at the right by their last row and column.
-        Returns C x ceil(H/8) x ceil(W/8), float32. Raises ValueError for another shape or dtype.
-        """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(f"an image is H x W x 3 uint8, got {image.shape} {image.dtype}")
-        with torch.inference_mode():
-            return self._encode(padded(image))[0]
 
 
 def load_encoder(name: str, models: str | os.PathLike[str] | None = None, device: str = "cpu") -> ImageEncoder:
@@ -100,6 +78,7 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def _on_arrays(module: nn.Module, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    @torch.inference_mode()
     def run(values: np.ndarray) -> np.ndarray:
         result: Tensor = module(torch.from_numpy(values).to(device))
         return result.float().cpu().numpy()

@@ -27,10 +27,9 @@ from .training.presets import PRESETS
 if TYPE_CHECKING:
     import numpy as np
 
-    from .autoencoder import ImageEncoder
     from .encoding import Tuning
-    from .instant import InstantEncoder
     from .stream import Encoded
+    from .tiling import ImageEncoder
     from .training.loop import Progress
 
 NAME = "clric-enc"
@@ -191,7 +190,7 @@ class _Batches:
     _waiting: dict[tuple[int, ...], list[_Waiting]] = field(default_factory=dict)
     _encoder: "ImageEncoder | None" = None
     _tuning: "Tuning | None" = None
-    _instant: "InstantEncoder | None" = None
+    _instant: "ImageEncoder | None" = None
 
     def add(self, source: str, place: str) -> None:
         """Reads an image and encodes it, as soon as there are enough of its size."""

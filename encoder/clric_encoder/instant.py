@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,7 +28,7 @@ from clric_decoder.synthesis import synthesize
 from .encoder_file import find_encoder
 from .rate import Rate, choose_rate
 from .stream import Encoded, check_image, check_latent, decode_checked, write_stream
-from .tiling import in_tiles, padded
+from .tiling import ImageEncoder, in_tiles
 
 # The preset's name; the others are in training/presets.py.
 INSTANT = "instant"
@@ -55,19 +54,6 @@ _SPACE = "clric"
 
 
 @dataclass(frozen=True)
-class InstantEncoder:
-    """An image encoder in onnxruntime: see `load_encoder`."""
-
-    name: str
-    space: str
-    _encode: Callable[[np.ndarray], np.ndarray]
-
-    def encode(self, image: np.ndarray) -> np.ndarray:
-        """The latent (C, ceil(H / 8), ceil(W / 8)) float32 of an image (H, W, 3) uint8."""
-        return self._encode(padded(image))[0]
-
-
-@dataclass(frozen=True)
 class _Set:
     """One set, ready to use.
 
@@ -83,7 +69,7 @@ class _Set:
     errors: np.ndarray
 
 
-def load_encoder(name: str, threads: int = 0) -> InstantEncoder:
+def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     """The encoder of an autoencoder of the space `clric`. threads: 0 for as many as onnxruntime takes.
 
     Raises ClricError where onnxruntime is missing, and ModelError for another or a damaged autoencoder.
@@ -109,7 +95,7 @@ def load_encoder(name: str, threads: int = 0) -> InstantEncoder:
     def encode(image: np.ndarray) -> np.ndarray:
         return in_tiles(network, image, manifest["halo"], TILE_PIXELS, blend=False)
 
-    return InstantEncoder(manifest["name"].removesuffix("_encoder"), _SPACE, encode)
+    return ImageEncoder(manifest["name"].removesuffix("_encoder"), _SPACE, encode)
 
 
 def encode_instantly(
@@ -132,7 +118,7 @@ def encode_instantly(
     return encoded.data
 
 
-def encode_image(image: np.ndarray, encoder: InstantEncoder, rate: Rate) -> Encoded:
+def encode_image(image: np.ndarray, encoder: ImageEncoder, rate: Rate) -> Encoded:
     """The stream of an image (H, W, 3) uint8 RGB. Raises ClricError."""
     height, width = check_image(image)
     latent = encoder.encode(image)

@@ -1,15 +1,31 @@
-"""Large images through an encoder's network in tiles, in bounded memory. Without torch."""
+"""An image encoder: images of any size through its network, large ones in tiles, in bounded memory. Without torch."""
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 
-def padded(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) whose sides are continued to multiples of 8 by their last row and column."""
-    height, width, _ = image.shape
-    return np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
+@dataclass(frozen=True)
+class ImageEncoder:
+    """The encoder half of an autoencoder, ready to run: see `autoencoder.load_encoder` and `instant.load_encoder`."""
+
+    name: str
+    space: str
+    _encode: Callable[[np.ndarray], np.ndarray]
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """The scaled latent of an image.
+
+        image: H x W x 3, uint8 RGB, H and W at least 1. Sides that are no multiple of 8 are continued at the
+        bottom and at the right by their last row and column.
+        Returns C x ceil(H/8) x ceil(W/8), float32. Raises ValueError for another shape or dtype.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"an image is H x W x 3 uint8, got {image.shape} {image.dtype}")
+        height, width, _ = image.shape
+        return self._encode(np.pad(image, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge"))[0]
 
 
 def in_tiles(

@@ -21,6 +21,10 @@ Report = Callable[[str], None]
 
 EXPORTABLE = [name for name, autoencoder in AUTOENCODERS.items() if autoencoder.kind not in ("lite", "small")]
 
+_photos = click.option(
+    "--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder."
+)
+
 
 class _Group(click.Group):
     """`clric-export NAME` is short for `clric-export onnx NAME`."""
@@ -66,7 +70,7 @@ def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | 
 
 @command.command()
 @click.argument("teacher")
-@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@_photos
 @click.option(
     "-o",
     "--output",
@@ -133,7 +137,7 @@ def distill(
 
 
 @command.command()
-@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@_photos
 @click.option(
     "-o",
     "--output",
@@ -214,7 +218,7 @@ def train(
 
 
 @command.command()
-@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@_photos
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
 @click.option("--vae", default="small", show_default=True, help="Autoencoder.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
@@ -233,7 +237,7 @@ def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
 
 
 @command.command()
-@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder.")
+@_photos
 @click.option(
     "--lpips",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
