@@ -101,3 +101,10 @@ def test_metadata_is_skipped() -> None:
     tagged, _ = make_vectors.make_valid(make_vectors.Case("tagged", metadata=b"\x01\x02hi"), 5)
     assert read_header(tagged).metadata_bytes == 4
     assert np.array_equal(decode_latent(plain), decode_latent(tagged))
+
+
+def test_an_unknown_network_set_is_refused_with_the_header() -> None:
+    data = (Path(__file__).parents[1] / "conformance/invalid/unsupported-network-set.clric").read_bytes()
+    with pytest.raises(StreamError, match="network set 1 is not known") as error:
+        bitstream.read_header(data)
+    assert error.value.kind == "unsupported"
