@@ -5,6 +5,7 @@ the parts that the missing surroundings reach are dropped. onnxruntime is import
 opened.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .bitstream import MAX_PIXELS, read_header
+from .bitstream import MAX_PIXELS, Header, read_header
 from .errors import ModelError, one_line
 from .latent import decode_latent
-from .models import check_space, find_decoder
+from .models import IMAGE_DECODERS, check_space, find_decoder
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -78,28 +79,39 @@ def decode(
 ) -> np.ndarray:
     """The image of a stream, H x W x 3 uint8 RGB.
 
-    ``vae`` names the image decoder (or is the path of an .onnx file); None takes `DEFAULT_DECODERS` of the
-    stream's latent space. ``models`` is a folder to look for it first. ``provider`` is "auto" or a key of
+    ``vae`` names the image decoder (or is the path of an .onnx file); None takes `default_decoder`. ``models`` is a folder to look for it first. ``provider`` is "auto" or a key of
     `PROVIDERS`. Raises StreamError for a bad stream, ModelError for a decoder that is missing or of another
     latent space.
     """
     header = read_header(data, max_pixels=max_pixels)
+    vae = vae or default_decoder(header, models)
     decoder = open_decoder(vae, header.space, provider=provider, models=models)
     return decode_image(decoder, decode_latent(data, max_pixels=max_pixels), header.width, header.height)
 
 
+def default_decoder(header: Header, models: str | os.PathLike[str] | None = None) -> str:
+    """The name of the image decoder for a stream: the one it was trained for, if that is here, or the smallest.
+
+    Raises ModelError for a latent space without one.
+    """
+    named = IMAGE_DECODERS.get(header.space, {}).get(header.image_decoder)
+    if named is not None and named[0] != DEFAULT_DECODERS.get(header.space):
+        with contextlib.suppress(ModelError):
+            find_decoder(named[0], models)
+            return named[0]
+    if header.space not in DEFAULT_DECODERS:
+        raise ModelError(f"no default decoder for the latent space {header.space}; name its decoder (--vae)")
+    return DEFAULT_DECODERS[header.space]
+
+
 def open_decoder(
-    vae: str | os.PathLike[str] | None,
+    vae: str | os.PathLike[str],
     space: str,
     *,
     provider: str = "auto",
     models: str | os.PathLike[str] | None = None,
 ) -> OnnxDecoder:
     """Opens the image decoder ``vae`` for latents of ``space``. Arguments and errors: see `decode`."""
-    if vae is None:
-        vae = DEFAULT_DECODERS.get(space)
-        if vae is None:
-            raise ModelError(f"no default decoder for the latent space {space}; name its decoder (--vae)")
     path, manifest = find_decoder(vae, models)
     check_space(manifest, space, models)
     return OnnxDecoder(_session(path, provider), manifest, manifest["halo"])

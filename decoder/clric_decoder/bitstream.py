@@ -12,24 +12,25 @@ from functools import cached_property
 
 from .errors import StreamError
 from .models import LATENT_SPACES
-from .network_sets import network_set as find_network_set
 
 MAGIC = b"\xc7LR"
-VERSION = 0
+VERSION = 1
 MAX_SIDE = 65535
-MAX_PIXELS = 1 << 28  # what a decoder accepts unless it is told otherwise
+MAX_PIXELS = 89_478_485  # what a decoder accepts unless it is told otherwise: Pillow's limit
 MAX_PIXELS_PER_BYTE = 1 << 14  # of the file: bounds what a small file can make a decoder do
 MAX_SYNTHESIS_WEIGHTS = 1 << 15
 MAX_LEVELS = 16
 MAX_CHANNELS = 64
 MAX_TOTAL_CHANNELS = 128
-MAX_NEIGHBOURS = 16
-MAX_EARLIER = 7
-MAX_COARSER = 4
+MAX_NEIGHBOURS = 8
 MAX_HIDDEN_LAYERS = 4
 MAX_WIDTH = 48
 MAX_SYNTHESIS_LAYERS = 8
 CHECKSUM_BYTES = 4
+
+# Types of metadata (specification, "Metadata"), and the first of those that a decoder must know.
+METADATA = {1: "icc_profile", 2: "exif", 3: "xmp"}
+CRITICAL_METADATA = 128
 
 
 @dataclass(frozen=True)
@@ -51,35 +52,22 @@ class Architecture:
     """The shape of the function, as the header gives it (specification, "Architecture description").
 
     channels: grids of each level, the finest (level 0) first.
-    neighbours, earlier, coarser: inputs of the ARM: decoded neighbours in the grid, co-located values of the
-    level's earlier channels, and samples of the next coarser level.
-    hidden_layers, width: the ARM's layers before its last. two_arms: the finest level has one of its own.
+    neighbours: inputs of the ARM, decoded values of the same grid.
+    hidden_layers, width: the ARM's layers before its last.
     grid_scales: each grid has an offset of its own to the scale that the ARM gives.
     """
 
     channels: tuple[int, ...]
     neighbours: int
-    earlier: int
-    coarser: int
     hidden_layers: int
     width: int
-    two_arms: bool
     grid_scales: bool
     synthesis: tuple[SynthesisLayer, ...]
 
-    @property
-    def inputs(self) -> int:
-        """Inputs of the ARM."""
-        return self.neighbours + self.earlier + self.coarser
-
     def to_bytes(self) -> bytes:
         """The explicit description, as a header holds it."""
-        parts = [len(self.channels), *self.channels, self.neighbours, self.earlier | self.coarser << 4]
-        parts += [
-            self.hidden_layers | self.two_arms << 4 | self.grid_scales << 5,
-            self.width,
-            len(self.synthesis),
-        ]
+        parts = [len(self.channels), *self.channels, self.neighbours]
+        parts += [self.hidden_layers | self.grid_scales << 4, self.width, len(self.synthesis)]
         for layer in self.synthesis:
             kernel = layer.kernel == 3
             parts += [layer.channels, kernel | layer.residual << 1 | layer.relu << 3 | layer.depthwise << 4]
@@ -87,10 +75,7 @@ class Architecture:
 
     def describe(self) -> str:
         """One line for people."""
-        context = f"{self.neighbours} neighbours"
-        context += f" + {self.earlier} earlier channels" * bool(self.earlier)
-        context += f" + {self.coarser} coarser samples" * bool(self.coarser)
-        arm = " -> ".join(map(str, (self.inputs, *(self.width,) * self.hidden_layers, 2)))
+        arm = " -> ".join(map(str, (self.neighbours, *(self.width,) * self.hidden_layers, 2)))
         layers = ", ".join(
             f"{layer.channels} {layer.kernel}x{layer.kernel}"
             + " depthwise" * layer.depthwise
@@ -99,31 +84,31 @@ class Architecture:
             for layer in self.synthesis
         )
         return (
-            f"channels {'+'.join(map(str, self.channels))}; ARM {arm} ({context})"
-            + ", another for the finest level" * self.two_arms
+            f"channels {'+'.join(map(str, self.channels))}; ARM {arm}"
             + ", a scale for each grid" * self.grid_scales
             + f"; synthesis {layers}"
         )
 
 
 def registered_architecture(number: int) -> Architecture:
-    """One of `REGISTERED_ARCHITECTURES`. Raises StreamError for a number that is not registered."""
-    if number not in REGISTERED_ARCHITECTURES:
-        raise StreamError("unsupported", f"architecture {number} is not known; a newer decoder may know it")
-    return _read_architecture(_Reader(REGISTERED_ARCHITECTURES[number]))
+    """The architecture of one of `REGISTERED_FUNCTIONS`. Raises StreamError for a number that is not registered."""
+    if number not in REGISTERED_FUNCTIONS:
+        raise StreamError("unsupported", f"function {number} is not known; a newer decoder may know it")
+    return _read_architecture(_Reader(REGISTERED_FUNCTIONS[number]))
 
 
-# Architectures that a header may name with one byte instead of describing them (specification, "Registered
-# architectures"); each is its explicit description.
-REGISTERED_ARCHITECTURES = {
-    1: bytes.fromhex("0504010101010800220803040008090405"),  # preset default, 4 channels
-    2: bytes.fromhex("070101010101010108000208042808040004090405"),  # preset paper, 4 channels
-    3: bytes.fromhex("0510010101010800220803100010191004"),  # preset default, 16 channels
-    4: bytes.fromhex("0520010101010800220803200020192004"),  # preset default, 32 channels
-    5: bytes.fromhex("070101010101010108000208042808100010191015"),  # preset paper, 16 channels
-    6: bytes.fromhex("070101010101010108000208042808200020192015"),  # preset paper, 32 channels
-    7: bytes.fromhex("0508010101010800220803080008190804"),  # preset default, 8 channels
-    8: bytes.fromhex("01080803220803080008190804"),  # preset instant, 8 channels
+# Functions that a header names with one byte instead of describing them (specification, "Registered functions"), by
+# their descriptions, and the numbers of those that come with networks (registered_networks.py).
+WITH_NETWORKS = range(8, 15)
+REGISTERED_FUNCTIONS = {
+    1: bytes.fromhex("05040101010108120803040008090405"),  # preset default, 4 channels
+    2: bytes.fromhex("0701010101010101080208042808040004090405"),  # preset paper, 4 channels
+    3: bytes.fromhex("05100101010108120803100010191004"),  # preset default, 16 channels
+    4: bytes.fromhex("05200101010108120803200020192004"),  # preset default, 32 channels
+    5: bytes.fromhex("0701010101010101080208042808100010191015"),  # preset paper, 16 channels
+    6: bytes.fromhex("0701010101010101080208042808200020192015"),  # preset paper, 32 channels
+    7: bytes.fromhex("05080101010108120803080008190804"),  # preset default, 8 channels
+    **dict.fromkeys(WITH_NETWORKS, bytes.fromhex("010808120803080008190804")),  # preset instant, 8 channels
 }
 
 
@@ -137,11 +122,13 @@ class Header:
     space: str
     channels: int
     architecture: Architecture
-    network_set: int  # 0: the stream holds its networks
-    header_bytes: int  # everything that is neither networks, grids nor metadata: the checksum too
+    function: int  # its number among `REGISTERED_FUNCTIONS`; 0 where the stream describes it
+    image_decoder: int  # number of the image decoder that it was trained for, within the latent space; 0: not said
+    metadata: dict[str, bytes]  # by the names in `METADATA`; those of other types are left out
+    header_bytes: int  # everything that is neither metadata, networks nor grids: the checksum too
+    metadata_bytes: int
     network_bytes: int
     level_bytes: tuple[int, ...]  # the finest level first
-    metadata_bytes: int
 
     @property
     def latent_height(self) -> int:
@@ -172,7 +159,6 @@ class Segments:
 
     networks: bytes
     levels: tuple[bytes, ...]  # the finest level first
-    metadata: bytes = b""
 
 
 def grid_shapes(channels: tuple[int, ...], height: int, width: int) -> tuple[tuple[int, int, int], ...]:
@@ -233,14 +219,10 @@ def _read_architecture(reader: _Reader) -> Architecture:
     channels = tuple(_check("a level's channels", reader.integer(), 0, MAX_CHANNELS) for _ in range(levels))
     _check("the coarsest level's channels", channels[-1], 1, MAX_CHANNELS)
     _check("the sum of all levels' channels", sum(channels), 1, MAX_TOTAL_CHANNELS)
-    neighbours = _check("the number of neighbours", reader.integer(), 0, MAX_NEIGHBOURS)
-    others = reader.integer()
-    earlier = _check("the number of earlier channels", others & 15, 0, MAX_EARLIER)
-    coarser = _check("the number of coarser samples", others >> 4, 0, MAX_COARSER)
-    _check("the number of the ARM's inputs", neighbours + earlier + coarser, 1, 64)
+    neighbours = _check("the number of neighbours", reader.integer(), 1, MAX_NEIGHBOURS)
     flags = reader.integer()
     hidden_layers = _check("the number of the ARM's hidden layers", flags & 15, 0, MAX_HIDDEN_LAYERS)
-    _reserved("the ARM's description", flags >> 6)
+    _reserved("the ARM's description", flags >> 5)
     width = _check("the ARM's width", reader.integer(), 1, MAX_WIDTH)
     synthesis: list[SynthesisLayer] = []
     sizes = [sum(channels)]
@@ -262,12 +244,9 @@ def _read_architecture(reader: _Reader) -> Architecture:
     return Architecture(
         channels=channels,
         neighbours=neighbours,
-        earlier=earlier,
-        coarser=coarser,
         hidden_layers=hidden_layers,
         width=width,
-        two_arms=bool(flags & 16),
-        grid_scales=bool(flags & 32),
+        grid_scales=bool(flags & 16),
         synthesis=tuple(synthesis),
     )
 
@@ -278,16 +257,44 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     max_pixels: images of more pixels are refused before memory is taken for them.
     Raises StreamError, whose ``kind`` says what is wrong (specification, "Errors").
     """
-    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
-        raise StreamError("magic", "not a clric stream: it does not begin with the bytes C7 4C 52")
-    if len(data) < 4:
-        raise StreamError("truncated", f"the file ends after {len(data)} bytes; fetch it again")
-    if data[3] != VERSION:
-        raise StreamError("version", f"stream version {data[3]}; this decoder knows version {VERSION} only")
+    _check_version(data)
     body = data[:-CHECKSUM_BYTES]
     if len(body) < 4 or zlib.crc32(body) != int.from_bytes(data[-CHECKSUM_BYTES:], "big"):
         raise StreamError("checksum", "the checksum does not match: the file is damaged or cut; fetch it again")
     reader = _Reader(body)
+    header = _read_header(reader, len(data), max_pixels)
+    networks = reader.bytes(header.network_bytes)
+    levels = [reader.bytes(length) for length in header.level_bytes[::-1]]
+    return header, Segments(networks, tuple(levels[::-1]))
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Header:
+    """What a stream says of itself.
+
+    size: bytes of the whole file, where ``data`` is only its beginning; the checksum is then not looked at.
+    Raises StreamError, of kind ``truncated`` where the header or the metadata needs more bytes than ``data`` has.
+    """
+    if size is None:
+        return read(data, max_pixels)[0]
+    _check_version(data)
+    return _read_header(_Reader(data), size, max_pixels)
+
+
+def _check_version(data: bytes) -> None:
+    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+        raise StreamError("magic", "not a clric stream: it does not begin with the bytes C7 4C 52")
+    if len(data) < 4:
+        raise StreamError("truncated", f"the file ends after {len(data)} bytes; fetch it again")
+    if data[3] == 0:
+        raise StreamError(
+            "version", "stream version 0, of a trial: decode it with clric 0.1, or encode its image again"
+        )
+    if data[3] != VERSION:
+        raise StreamError("version", f"stream version {data[3]}; this decoder knows version {VERSION}: get a newer one")
+
+
+def _read_header(reader: _Reader, size: int, max_pixels: int) -> Header:
+    """The header of a file of ``size`` bytes, metadata included."""
     reader.bytes(4)
     flags = reader.integer()
     width = _check("the image's width", reader.integer(2), 1, MAX_SIDE)
@@ -297,47 +304,54 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
             "limit",
             f"the image has {width} x {height} pixels, over the limit of {max_pixels}; raise max_pixels (--max-pixels)",
         )
-    if width * height > len(data) * MAX_PIXELS_PER_BYTE:
-        raise StreamError("field", f"{len(data)} bytes are too few for an image of {width} x {height} pixels")
+    if width * height > size * MAX_PIXELS_PER_BYTE:
+        raise StreamError("field", f"{size} bytes are too few for an image of {width} x {height} pixels")
     space, channels = _read_space(reader, flags & 15)
-    number = reader.integer()
-    architecture = registered_architecture(number) if number else _read_architecture(reader)
+    function = reader.integer()
+    architecture = registered_architecture(function) if function else _read_architecture(reader)
     _check("the last synthesis layer's channels", architecture.synthesis[-1].channels, channels, channels)
-    if flags >> 5:
-        find_network_set(architecture, flags >> 5)
-
-    network_length = reader.length()
-    lengths = [reader.length() if c else 0 for c in architecture.channels[:0:-1]]
-    metadata_length = reader.length() if flags & 16 else 0
+    metadata_bytes = reader.length() if flags & 16 else 0
+    network_bytes = reader.length()
+    coarse = [reader.length() if c else 0 for c in architecture.channels[:0:-1]][::-1]
     header_bytes = reader.position + CHECKSUM_BYTES
-    networks = reader.bytes(network_length)
-    levels = [reader.bytes(length) for length in lengths]
-    finest = len(body) - reader.position - metadata_length
+    finest = size - header_bytes - metadata_bytes - network_bytes - sum(coarse)
     if finest < 0:
         raise StreamError("truncated", "the file ends within its header or a segment; fetch it again")
     if finest and not architecture.channels[0]:
         raise StreamError("field", f"{finest} bytes for a finest level without grids; the file is not valid")
-    levels.append(reader.bytes(finest))
-    segments = Segments(networks, tuple(levels[::-1]), reader.bytes(metadata_length))
-    header = Header(
+    return Header(
         version=VERSION,
         width=width,
         height=height,
         space=space,
         channels=channels,
         architecture=architecture,
-        network_set=flags >> 5,
+        function=function,
+        image_decoder=flags >> 5,
+        metadata=_read_metadata(reader.bytes(metadata_bytes)),
         header_bytes=header_bytes,
-        network_bytes=network_length,
-        level_bytes=tuple(map(len, segments.levels)),
-        metadata_bytes=metadata_length,
+        metadata_bytes=metadata_bytes,
+        network_bytes=network_bytes,
+        level_bytes=(finest, *coarse),
     )
-    return header, segments
 
 
-def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """What a stream says of itself; see `read`."""
-    return read(data, max_pixels)[0]
+def _read_metadata(segment: bytes) -> dict[str, bytes]:
+    """The content of the metadata entries whose types are known; of several of one type, of the first."""
+    reader, metadata = _Reader(segment), dict[str, bytes]()
+    while reader.position < len(segment):
+        try:
+            kind = reader.integer()
+            if kind >= CRITICAL_METADATA:
+                raise StreamError("unsupported", f"metadata of the critical type {kind}; a newer decoder may know it")
+            content = reader.bytes(reader.length())
+        except StreamError as error:
+            if error.kind != "truncated":
+                raise
+            raise StreamError("field", "a metadata entry reaches past its segment; the file is not valid") from error
+        if kind in METADATA:
+            metadata.setdefault(METADATA[kind], content)
+    return metadata
 
 
 def _read_space(reader: _Reader, number: int) -> tuple[str, int]:
@@ -359,34 +373,42 @@ def write(
     channels: int,
     architecture: Architecture,
     segments: Segments,
-    network_set: int = 0,
+    metadata: dict[str, bytes] | None = None,
+    function: int = 0,
+    image_decoder: int = 0,
 ) -> bytes:
     """The stream of an image; the inverse of `read`.
 
-    network_set: the number of the networks (network_sets.py) of a stream that has none of its own. Raises StreamError
-    for what the format cannot hold, since it reads its own output back.
+    metadata: by the names in `METADATA`. function: the number of a registered function whose networks the stream leaves
+    out; 0 for networks of its own. image_decoder: see `Header`. Raises StreamError for what the format cannot hold,
+    since it reads its own output back.
     """
+    metadata = metadata or {}
+    entries = [(kind, metadata[name]) for kind, name in METADATA.items() if name in metadata]
+    entry_bytes = b"".join(bytes([kind]) + _length(len(content)) + content for kind, content in entries)
     # A blank image may need fewer bytes than the format allows for its pixels: zeros pad its networks
-    payload = len(segments.networks) + sum(map(len, segments.levels)) + len(segments.metadata)
+    payload = len(entry_bytes) + len(segments.networks) + sum(map(len, segments.levels))
     padding = -(-width * height // MAX_PIXELS_PER_BYTE) - payload
     segments = replace(segments, networks=segments.networks + bytes(max(0, padding)))
     registered = LATENT_SPACES.get(space)
-    flags = (registered.number if registered else 0) | bool(segments.metadata) << 4 | network_set << 5
+    flags = (registered.number if registered else 0) | bool(entry_bytes) << 4 | image_decoder << 5
     parts = [MAGIC, bytes([VERSION, flags])]
     for name, side in (("width", width), ("height", height)):
         parts.append(_check(f"the image's {name}", side, 1, MAX_SIDE).to_bytes(2, "big"))
     if registered is None:
         parts += [bytes([channels]), bytes.fromhex(space.removeprefix("custom-"))]
     description = architecture.to_bytes()
-    numbers = [number for number, known in REGISTERED_ARCHITECTURES.items() if known == description]
-    parts.append(bytes(numbers[:1]) or b"\0" + description)
+    numbers = [n for n, known in REGISTERED_FUNCTIONS.items() if known == description and n not in WITH_NETWORKS]
+    number = function or (numbers[0] if numbers else 0)
+    parts += [bytes([number]), b"" if number else description]
+    parts += [_length(len(entry_bytes))] * bool(entry_bytes)
     parts.append(_length(len(segments.networks)))
     coarse = [(c, level) for c, level in zip(architecture.channels, segments.levels, strict=True)][:0:-1]
     parts += [_length(len(level)) for c, level in coarse if c]
-    parts += [_length(len(segments.metadata))] * bool(segments.metadata)
-    parts += [segments.networks, *segments.levels[::-1], segments.metadata]
+    parts += [entry_bytes, segments.networks, *segments.levels[::-1]]
     body = b"".join(parts)
     data = body + zlib.crc32(body).to_bytes(CHECKSUM_BYTES, "big")
-    if read(data, max_pixels=MAX_SIDE**2)[1] != segments:
+    header, back = read(data, max_pixels=MAX_SIDE**2)
+    if (back, header.metadata, header.architecture) != (segments, metadata, architecture):
         raise StreamError("field", "the stream does not read back as written")
     return data

@@ -14,7 +14,8 @@ import click
 from .bitstream import MAX_PIXELS, MAX_SIDE
 from .errors import ClricError
 from .files import STANDARD, check_output, read_input, write_output
-from .terminal import choose_outputs, for_each, run_command
+from .models import IMAGE_DECODERS, image_decoder_number
+from .terminal import choose_outputs, for_each, print_error, run_command
 
 if TYPE_CHECKING:
     from .bitstream import Header
@@ -100,9 +101,14 @@ def command(
         header = read_header(data, max_pixels=max_pixels)
         decoder = None
         if image_place:
-            from .autoencoder import open_decoder
+            from .autoencoder import default_decoder, open_decoder
 
-            decoder = open_decoder(vae, header.space, provider=provider, models=models)
+            name = vae or default_decoder(header, models)
+            decoder = open_decoder(name, header.space, provider=provider, models=models)
+            trained_for = IMAGE_DECODERS.get(header.space, {}).get(header.image_decoder)
+            if trained_for and image_decoder_number(decoder.manifest) != header.image_decoder:
+                shown = decoder.manifest["name"]
+                print_error(NAME, f"note: trained for the image decoder {trained_for[0]}, shown by {shown}", source)
         latent_values = decode_latent(data, max_pixels=max_pixels)
         if latent_place:
             encoded = io.BytesIO()

@@ -7,9 +7,9 @@ wavefront, on which no value needs another of the same step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -27,11 +27,8 @@ from .entropy import (
 from .errors import StreamError
 from .networks import ARM_MAX_BIAS_EXPONENT, GRID_SCALE_MAX_EXPONENT, Parameters
 
-# (dy, dx) of the neighbours, the most useful first: Cool-Chic's first eight, then more that the wavefront has passed
-NEIGHBOURS = (
-    (0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3),
-    (-1, -2), (-2, -1), (-2, 1), (-2, 2), (-1, -3), (-2, -2), (-3, 1), (-3, -1),
-)  # fmt: skip
+# (dy, dx) of the neighbours, the most useful first (Cool-Chic's)
+NEIGHBOURS = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3))
 REACH = 3  # how far a neighbour lies above, left or right
 UNIT = 32  # an activation of 1.0
 MAX_ACTIVATION = 2047
@@ -61,11 +58,13 @@ class Arm:
     last: _Layer
     scales: np.ndarray
 
-    def __call__(self, activations: np.ndarray, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Integer parts of the means (n,) int64 and tables (n,) int64.
+    def __call__(self, activations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Integer parts of the means (channels * n,) int64 and tables (channels * n,) int64.
 
-        activations: (n, inputs) float32. channels: (n,) the grid of each within its level.
+        activations: (channels, n, inputs) float32, for n values of each of the level's grids.
         """
+        channels, count, inputs = activations.shape
+        activations = activations.reshape(-1, inputs)
         for layer in self.hidden:
             activations = activations @ layer.weight
             activations += layer.bias
@@ -77,7 +76,7 @@ class Arm:
         outputs += self.last.bias
         outputs *= self.last.factor
         np.floor(outputs, out=outputs)
-        outputs[:, 1] += self.scales[channels]
+        outputs.reshape(channels, count, 2)[..., 1] += self.scales[:, None]
         np.maximum(outputs, _OUTPUT_LOW, out=outputs)
         np.minimum(outputs, _OUTPUT_HIGH, out=outputs)
         mean, scale = outputs.astype(np.int64).T
@@ -89,27 +88,23 @@ _OUTPUT_HIGH = np.array([MAX_MEAN, SCALES - 1], np.float32)
 
 
 def build_arms(networks: list[Parameters], architecture: Architecture) -> list[Arm]:
-    """The ARM of each level, the finest first."""
+    """The ARM of each level, the finest first: they differ in their grids' scales."""
     groups = {parameters.group.name: parameters for parameters in networks}
-    layers = [_layers(groups, number, architecture.hidden_layers + 1) for number in range(1 + architecture.two_arms)]
+    *hidden, last = _layers(groups, architecture.hidden_layers + 1)
     scales = np.zeros(sum(architecture.channels), np.float32)
     if architecture.grid_scales:
         shift = GRID_SCALE_MAX_EXPONENT - groups["grid_scales"].exponent
         scales = (groups["grid_scales"].integers << shift).astype(np.float32)
-    arms = []
-    for level, own in enumerate(np.split(scales, np.cumsum(architecture.channels)[:-1])):
-        *hidden, last = layers[-1 if level == 0 else 0]  # the finest level has the last ARM, all others the first
-        arms.append(Arm(tuple(hidden), last, own))
-    return arms
+    own = np.split(scales, np.cumsum(architecture.channels)[:-1])
+    return [Arm(tuple(hidden), last, level_scales) for level_scales in own]
 
 
-def _layers(groups: dict[str, Parameters], number: int, count: int) -> list[_Layer]:
-    """The layers of one set of ARM parameters."""
-    biases = groups[f"arm{number}.bias"]
+def _layers(groups: dict[str, Parameters], count: int) -> list[_Layer]:
+    biases = groups["arm.bias"]
     layers = []
     start = 0
     for index in range(count):
-        parameters = groups[f"arm{number}.weight{index}"]
+        parameters = groups[f"arm.weight{index}"]
         weight = parameters.integers.T.astype(np.int64)
         inputs, outputs = weight.shape
         bias = biases.integers[start : start + outputs].astype(np.int64)
@@ -130,67 +125,45 @@ def _layers(groups: dict[str, Parameters], number: int, count: int) -> list[_Lay
 
 
 class _Level:
-    """One level's grids with their borders, and the order in which their values are coded.
+    """One level's values with zeros around each grid, and the order in which they are coded.
 
-    ``activations`` is what the ARM sees: grid values clipped and in 1/32, with zeros around each grid and before the
-    first channel, flat, so that each of the ARM's inputs lies at a fixed distance.
+    Flat, a neighbour is always the same distance away, and the values that a step codes of a grid, at (y, t - 2 y), lie
+    ``pitch`` - 2 apart: a slice says where they are, and no index is stored.
     """
 
-    def __init__(self, shape: tuple[int, int, int], architecture: Architecture, coarser: np.ndarray | None):
-        channels, height, width = shape
-        pitch = width + 2 * REACH
-        plane = pitch * (height + REACH)
-        self._view = np.s_[architecture.earlier :, REACH:, REACH : REACH + width]
-        self._padded = (architecture.earlier + channels, height + REACH, pitch)
-        self.activations = np.zeros(self._padded[0] * plane, np.float32)
-        self.values = np.zeros(shape, np.int32)
-        offsets = [dy * pitch + dx for dy, dx in NEIGHBOURS[: architecture.neighbours]]
-        offsets += [-plane * channel for channel in range(1, architecture.earlier + 1)]
-        self._offsets = np.array(offsets, np.int64)
+    def __init__(self, shape: tuple[int, int, int], architecture: Architecture, dtype: type = np.int32):
+        self._channels, self._height, self._width = shape
+        self._pitch = self._width + 2 * REACH
+        self._flat: np.ndarray = np.zeros((self._channels, (self._height + REACH) * self._pitch), dtype)
+        self._offsets = [dy * self._pitch + dx for dy, dx in NEIGHBOURS[: architecture.neighbours]]
 
-        channel, y, x = np.indices(shape, np.int32).reshape(3, -1)
-        step = x + 2 * y + channel
-        self._order = np.argsort(step, kind="stable")
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(step))]).tolist()
-        position = (architecture.earlier + channel.astype(np.int64)) * plane + (REACH + y) * pitch + REACH + x
-        self._positions = position[self._order]
-        self.channels = channel[self._order]
-        self._coarser = None
-        if architecture.coarser:
-            samples = _coarser_samples(shape, architecture.coarser, coarser)
-            self._coarser = samples.reshape(-1, architecture.coarser)[self._order]
+    @property
+    def values(self) -> np.ndarray:
+        """The values (channels, height, width), a view."""
+        padded = self._flat.reshape(self._channels, self._height + REACH, self._pitch)
+        return padded[:, REACH:, REACH : REACH + self._width]
 
-    def fill(self, values: np.ndarray) -> None:
-        """Set all values (channels, height, width) at once, as the encoder can."""
-        self.values = values
-        self.activations.reshape(self._padded)[self._view] = as_activation(values)
+    def steps(self) -> Iterator[slice]:
+        """The steps in coding order, each as what it codes of a flat grid."""
+        origin, distance = REACH * self._pitch + REACH, self._pitch - 2
+        for t in range(self._width + 2 * self._height - 2):
+            top, end = max(0, (t - self._width) // 2 + 1), min(self._height, t // 2 + 1)
+            if top < end:  # a grid of one column has nothing in every second step
+                first = origin + t + top * distance
+                yield slice(first, first + (end - 1 - top) * distance + 1, distance)
 
-    def walk(self, arm: Arm, values: Callable[[slice, np.ndarray, np.ndarray], np.ndarray | None]) -> None:
-        """Goes through the wavefront's steps in coding order.
+    def inputs(self, step: slice) -> np.ndarray:
+        """(channels, n, inputs) float32 activations for a step's values."""
+        neighbours = [self._flat[:, step.start + offset : step.stop + offset : step.step] for offset in self._offsets]
+        return as_activation(np.stack(neighbours, -1)).astype(np.float32)
 
-        values: takes a step's place in coding order, and for each of its values the mean's integer part and the table;
-        gives the values (n,), or None where they are known already.
-        """
-        for start, end in pairwise(self._starts):
-            step = slice(start, end)
-            given = values(step, *arm(self.inputs(start, end), self.channels[step]))
-            if given is not None:
-                self._put(step, given)
+    def take(self, step: slice) -> np.ndarray:
+        """A step's values (channels * n,) in coding order."""
+        return self._flat[:, step].reshape(-1)
 
-    def inputs(self, start: int, end: int) -> np.ndarray:
-        """(n, inputs) float32 activations for the values start to end in coding order."""
-        context = self.activations[self._positions[start:end, None] + self._offsets]
-        if self._coarser is not None:
-            context = np.concatenate([context, self._coarser[start:end]], 1)
-        return context
-
-    def _put(self, step: slice, values: np.ndarray) -> None:
-        self.activations[self._positions[step]] = as_activation(values)
-        self.values.reshape(-1)[self._order[step]] = values
-
-    def in_order(self, values: np.ndarray) -> np.ndarray:
-        """Values (channels, height, width) in coding order, (n,)."""
-        return values.reshape(-1)[self._order]
+    def put(self, step: slice, values: np.ndarray) -> None:
+        """The inverse of `take`."""
+        self._flat[:, step] = values.reshape(self._channels, -1)
 
 
 def as_activation(values: np.ndarray) -> np.ndarray:
@@ -198,51 +171,32 @@ def as_activation(values: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(values, -MAX_CONTEXT), MAX_CONTEXT) * UNIT
 
 
-def _coarser_samples(shape: tuple[int, int, int], count: int, coarser: np.ndarray | None) -> np.ndarray:
-    """(channels, height, width, count) float32 activations: the next coarser level's values around each position.
-
-    In order: the value above the position, its horizontal, vertical and diagonal neighbour on the side to which the
-    position lies. Zeros where there is no coarser level or it has no grids.
-    """
-    channels, height, width = shape
-    if coarser is None or not coarser.shape[0]:
-        return np.zeros((*shape, count), np.float32)
-    rows, columns = np.arange(height), np.arange(width)
-    row, column = rows >> 1, columns >> 1
-    next_row = np.clip(row + 2 * (rows & 1) - 1, 0, coarser.shape[1] - 1)
-    next_column = np.clip(column + 2 * (columns & 1) - 1, 0, coarser.shape[2] - 1)
-    picks = [(row, column), (row, next_column), (next_row, column), (next_row, next_column)][:count]
-    source = as_activation(coarser[np.minimum(np.arange(channels), coarser.shape[0] - 1)])
-    return np.stack([source[:, a][:, :, b] for a, b in picks], -1).astype(np.float32)
+def _filled(values: np.ndarray, architecture: Architecture) -> _Level:
+    """A level whose values (channels, height, width) are all known."""
+    level = _Level(values.shape, architecture, values.dtype.type)
+    level.values[:] = values
+    return level
 
 
-def predict(
-    values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predict(values: np.ndarray, arm: Arm, architecture: Architecture) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the ARM gives for a level whose values (channels, height, width) are all known.
 
-    coarser: the next coarser level's values, None for the coarsest level. Returns values, means' integer parts and
-    tables, each (n,) in coding order.
+    Returns values, means' integer parts and tables, each (n,) in coding order.
     """
-    level = _Level(values.shape, architecture, coarser)
-    level.fill(values)
-    means, tables = arm(level.inputs(0, values.size), level.channels)
-    return level.in_order(values), means, tables
+    level = _filled(values, architecture)
+    steps = [(level.take(step), *arm(level.inputs(step))) for step in level.steps()]
+    in_order, means, tables = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    return in_order, means, tables
 
 
-def encode_level(values: np.ndarray, arm: Arm, architecture: Architecture, coarser: np.ndarray | None) -> bytes:
+def encode_level(values: np.ndarray, arm: Arm, architecture: Architecture) -> bytes:
     """The segment of one level; empty when all values are zero."""
     if not values.any():
         return b""
-    level = _Level(values.shape, architecture, coarser)
-    level.fill(values)
+    level = _filled(values, architecture)
     coder = RangeEncoder()
-    ordered = level.in_order(values)
-
-    def encode(step: slice, means: np.ndarray, tables: np.ndarray) -> None:
-        encode_integers(coder, ordered[step], means, tables)
-
-    level.walk(arm, encode)
+    for step in level.steps():
+        encode_integers(coder, level.take(step), *arm(level.inputs(step)))
     least = -(-values.size // MAX_SYMBOLS_PER_BYTE)
     return coder.finish().ljust(least, b"\0")
 
@@ -258,29 +212,26 @@ def choose_level(
     wanted: the real numbers. choose: takes those of a step (n,), the channel of each, its mean's integer part and its
     table, all of which depend on what was chosen before; gives integers (n,).
     """
-    level = _Level(wanted.shape, architecture, None)
-    ordered = level.in_order(wanted)
-    level.walk(arm, lambda step, means, tables: choose(ordered[step], level.channels[step], means, tables))
+    real, level = _filled(wanted, architecture), _Level(wanted.shape, architecture)
+    channels = np.arange(len(wanted))
+    for step in level.steps():
+        numbers = real.take(step)
+        means, tables = arm(level.inputs(step))
+        level.put(step, choose(numbers, channels.repeat(len(numbers) // len(channels)), means, tables))
     return level.values
 
 
-def decode_level(
-    data: bytes,
-    shape: tuple[int, int, int],
-    arm: Arm,
-    architecture: Architecture,
-    coarser: np.ndarray | None,
-) -> np.ndarray:
+def decode_level(data: bytes, shape: tuple[int, int, int], arm: Arm, architecture: Architecture) -> np.ndarray:
     """The values (channels, height, width) int32 of one level; the inverse of `encode_level`."""
-    values = np.zeros(shape, np.int32)
+    if data and math.prod(shape) > len(data) * MAX_SYMBOLS_PER_BYTE:
+        raise StreamError("payload", f"{len(data)} bytes cannot hold a level of {math.prod(shape)} values")
+    level = _Level(shape, architecture)
     if not data:
-        return values
-    if values.size > len(data) * MAX_SYMBOLS_PER_BYTE:
-        raise StreamError("payload", f"{len(data)} bytes cannot hold a level of {values.size} values")
-    level = _Level(shape, architecture, coarser)
+        return level.values
     decoder = range_decoder(data)
-    level.walk(arm, lambda step, means, tables: decode_integers(decoder, means, tables))
-    if np.abs(level.values).max() > MAX_VALUE:
+    for step in level.steps():
+        level.put(step, decode_integers(decoder, *arm(level.inputs(step))))
+    if not -MAX_VALUE <= level.values.min() <= level.values.max() <= MAX_VALUE:
         raise StreamError("payload", f"a grid value is beyond +-{MAX_VALUE}; the file is damaged")
     return level.values
 

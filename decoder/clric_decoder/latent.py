@@ -7,8 +7,8 @@ import numpy as np
 from . import bitstream
 from .bitstream import MAX_PIXELS, Architecture, Header, Segments
 from .context import build_arms, decode_level, encode_level
-from .network_sets import network_set
 from .networks import Parameters, decode_networks, encode_networks
+from .registered_networks import registered_networks
 from .synthesis import synthesize
 
 
@@ -18,32 +18,24 @@ def decode_grids(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, lis
     Raises StreamError for anything but a valid stream.
     """
     header, segments = bitstream.read(data, max_pixels)
-    segment = segments.networks
-    if header.network_set:
-        segment = network_set(header.architecture, header.network_set)
+    segment = registered_networks().get(header.function, segments.networks)
     networks = decode_networks(segment, header.architecture)
     arms = build_arms(networks, header.architecture)
-    grids: list[np.ndarray] = []
-    for level in range(len(header.grid_shapes) - 1, -1, -1):
-        coarser = grids[0] if grids else None
-        shape = header.grid_shapes[level]
-        grids.insert(0, decode_level(segments.levels[level], shape, arms[level], header.architecture, coarser))
+    grids = [
+        decode_level(data, shape, arm, header.architecture)
+        for data, shape, arm in zip(segments.levels, header.grid_shapes, arms, strict=True)
+    ]
     return header, networks, grids
 
 
-def encode_grids(
-    networks: list[Parameters], grids: list[np.ndarray], architecture: Architecture, metadata: bytes = b""
-) -> Segments:
+def encode_grids(networks: list[Parameters], grids: list[np.ndarray], architecture: Architecture) -> Segments:
     """The payload of networks and grids, the latter (channels, height, width) each, the finest first.
 
     The inverse of `decode_grids`: the encoder codes with the very functions that the decoder decodes with.
     """
     arms = build_arms(networks, architecture)
-    coarser = [*grids[1:], None]
-    levels = [
-        encode_level(grid, arm, architecture, above) for grid, arm, above in zip(grids, arms, coarser, strict=True)
-    ]
-    return Segments(encode_networks(networks), tuple(levels), metadata)
+    levels = [encode_level(grid, arm, architecture) for grid, arm in zip(grids, arms, strict=True)]
+    return Segments(encode_networks(networks), tuple(levels))
 
 
 def decode_latent(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

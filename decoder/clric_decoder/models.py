@@ -116,6 +116,13 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     )
 }  # fmt: skip
 
+# Image decoders that a stream can name as the one it was trained for (specification, "The image decoder"): by latent
+# space and number, the name and the SHA-256 of the ONNX file. New weights get a new number.
+IMAGE_DECODERS: dict[str, dict[int, tuple[str, str]]] = {
+    "sd1": {1: ("lite", "e184c717f4daafb03bcfbad44cdcc2d9f13ee2ffe6aa2d230933f34c330c0a45")},
+    "clric": {1: ("small", "a40952d97b571469b4d16703256f709434d2d125e73d9ee0539053d65f3b0cc3")},
+}
+
 # The encoders of kind tiny and lite: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image's size, and channels.
 ENCODER_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {"tiny": ((1, 3, 3, 3), 64), "lite": ((0, 1, 2, 3), 48)}
 
@@ -236,6 +243,12 @@ def check_manifest(path: Path, half: Half) -> dict[str, Any]:
             f" expected {manifest['sha256'][:16]}); export or download it again"
         )
     return manifest
+
+
+def image_decoder_number(manifest: dict[str, Any]) -> int:
+    """The number of an image decoder among `IMAGE_DECODERS` of its latent space, by its manifest; 0 for others."""
+    registered = IMAGE_DECODERS.get(manifest["latent_space"], {})
+    return next((number for number, (_, digest) in registered.items() if digest == manifest["sha256"]), 0)
 
 
 def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[str] | None = None) -> None:

@@ -76,18 +76,16 @@ class Parameters:
 
 def arm_sizes(architecture: Architecture) -> tuple[int, ...]:
     """Widths of the ARM's activations, from its inputs to its two outputs."""
-    return (architecture.inputs, *(architecture.width,) * architecture.hidden_layers, 2)
+    return (architecture.neighbours, *(architecture.width,) * architecture.hidden_layers, 2)
 
 
 def parameter_groups(architecture: Architecture) -> tuple[Group, ...]:
     """All groups in coding order (specification, "Groups")."""
     groups = []
     sizes = arm_sizes(architecture)
-    for arm in range(1 + architecture.two_arms):
-        for number, (inputs, outputs) in enumerate(pairwise(sizes)):
-            name = f"arm{arm}.weight{number}"
-            groups.append(Group(name, (outputs, inputs), ARM_MAX_WEIGHT, ARM_MAX_WEIGHT_EXPONENT))
-        groups.append(Group(f"arm{arm}.bias", (sum(sizes[1:]),), ARM_MAX_BIAS, ARM_MAX_BIAS_EXPONENT, True))
+    for number, (inputs, outputs) in enumerate(pairwise(sizes)):
+        groups.append(Group(f"arm.weight{number}", (outputs, inputs), ARM_MAX_WEIGHT, ARM_MAX_WEIGHT_EXPONENT))
+    groups.append(Group("arm.bias", (sum(sizes[1:]),), ARM_MAX_BIAS, ARM_MAX_BIAS_EXPONENT, True))
     if architecture.grid_scales:
         grids = (sum(architecture.channels),)
         groups.append(Group("grid_scales", grids, GRID_SCALE_MAX, GRID_SCALE_MAX_EXPONENT, True))

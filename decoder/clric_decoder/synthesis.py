@@ -11,7 +11,7 @@ from .bitstream import Architecture, SynthesisLayer
 from .errors import StreamError
 from .networks import Parameters
 
-BAND_ROWS_TIMES_WIDTH = 1 << 15  # latent positions that are synthesised at once, so that memory stays bounded
+BAND_VALUES = 1 << 19  # of the widest layer, synthesised at once: so that memory stays bounded
 
 
 def synthesize(grids: list[np.ndarray], networks: list[Parameters], architecture: Architecture) -> np.ndarray:
@@ -32,18 +32,20 @@ def _latent(grids: list[np.ndarray], networks: list[Parameters], architecture: A
     splits = np.cumsum([layer.channels for layer in architecture.synthesis])[:-1]
     biases = np.split(groups["synthesis.bias"], splits)
 
-    stack = grids[-1].astype(np.float32)
-    for level in range(len(grids) - 2, -1, -1):
-        channels, height, width = grids[level].shape
-        finer = np.empty((channels + len(stack), height, width), np.float32)
-        finer[:channels] = grids[level]
-        finer[channels:] = upsample(stack, groups["upsampler"][level], (height, width))
-        stack = finer
+    # The stack, channel by channel: upsampling needs little memory beside it
+    stack = np.empty((sum(architecture.channels), *grids[0].shape[1:]), np.float32)
+    channels = iter(stack)
+    for level, grid in enumerate(grids):
+        for channel in grid:
+            plane = channel.astype(np.float32)
+            for finer in range(level - 1, -1, -1):
+                plane = upsample(plane, groups["upsampler"][finer], grids[finer].shape[1:])
+            next(channels)[:] = plane
 
     # Each band is synthesised with the rows around it that its 3x3 layers reach
     _, height, width = stack.shape
     halo = sum(layer.kernel == 3 for layer in architecture.synthesis)
-    rows = max(1, BAND_ROWS_TIMES_WIDTH // width)
+    rows = max(1, BAND_VALUES // (width * max(len(stack), *(layer.channels for layer in architecture.synthesis))))
     latent = np.empty((architecture.synthesis[-1].channels, height, width), np.float32)
     for top in range(0, height, rows):
         start = max(0, top - halo)
@@ -85,22 +87,20 @@ def convolve(inputs: np.ndarray, weight: np.ndarray, depthwise: bool) -> np.ndar
     return (weight.reshape(outputs, -1) @ columns).reshape(outputs, height, width)
 
 
-def upsample(inputs: np.ndarray, taps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Twice the height and width of inputs (c, h, w), cropped to size; separable, borders replicated.
+def upsample(inputs: np.ndarray, taps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Twice the height and width of inputs (h, w), cropped to size; separable, borders replicated.
 
     taps (4,): weights of the samples at distances 1 3/4, 3/4, 1/4 and 1 1/4; together with their mirror image they
     are a symmetric transposed convolution of length 8 and stride 2.
     """
-    return _double(_double(inputs, taps, 1, size[0]), taps, 2, size[1])
+    return _double(_double(inputs, taps, size[0]).T, taps, size[1]).T
 
 
-def _double(inputs: np.ndarray, taps: np.ndarray, axis: int, size: int) -> np.ndarray:
-    padding = [(0, 0)] * 3
-    padding[axis] = (2, 2)
-    padded = np.moveaxis(np.pad(inputs, padding, mode="edge"), axis, 0)
-    length = inputs.shape[axis]
-    window = [padded[i : i + length] for i in range(5)]
-    even = taps[0] * window[0] + taps[1] * window[1] + taps[2] * window[2] + taps[3] * window[3]
-    odd = taps[3] * window[1] + taps[2] * window[2] + taps[1] * window[3] + taps[0] * window[4]
-    doubled = np.stack([even, odd], 1).reshape(2 * length, *even.shape[1:])[:size]
-    return np.moveaxis(doubled, 0, axis)
+def _double(inputs: np.ndarray, taps: np.ndarray, size: int) -> np.ndarray:
+    """Twice the rows of inputs (h, w), cropped to size."""
+    padded = np.pad(inputs, ((2, 2), (0, 0)), mode="edge")
+    window = [padded[i : i + len(inputs)] for i in range(5)]
+    doubled = np.empty((2 * len(inputs), inputs.shape[1]), np.float32)
+    doubled[::2] = taps[0] * window[0] + taps[1] * window[1] + taps[2] * window[2] + taps[3] * window[3]
+    doubled[1::2] = taps[3] * window[1] + taps[2] * window[2] + taps[1] * window[3] + taps[0] * window[4]
+    return doubled[:size]

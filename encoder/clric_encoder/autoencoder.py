@@ -65,7 +65,7 @@ def load_decoder(name: str, models: str | os.PathLike[str] | None = None, device
     def run(latents: Tensor) -> Tensor:
         return module(latents.to(dtype=dtype, memory_format=torch.channels_last)).float()
 
-    return ImageDecoder(network.name, network.space, run, network.halo)
+    return ImageDecoder(network.name, network.space, run, network.halo, network.number)
 
 
 def fast_dtype(device: str) -> torch.dtype:

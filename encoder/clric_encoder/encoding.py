@@ -191,7 +191,13 @@ def encode_latents(
     def stream(function: Function, number: int) -> bytes:
         width, height = sizes[number]
         return write_stream(
-            function.architecture, function.networks, function.grids, width=width, height=height, space=space
+            function.architecture,
+            function.networks,
+            function.grids,
+            width=width,
+            height=height,
+            space=space,
+            image_decoder=0 if tuning is None else tuning.decoder.number,
         )
 
     distortion = None

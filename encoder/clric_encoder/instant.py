@@ -2,7 +2,7 @@
 
     image -> ONNX encoder -> latent -> integers of one level -> stream that names its networks
 
-The networks are one of the sets that come with the decoder (clric_decoder/network_sets.py), each trained on many
+The networks are one of the sets that come with the decoder (clric_decoder/registered_networks.py), each trained on many
 latents at one lambda. The first layer of their synthesis, turned round, says which real numbers the grids should hold.
 They are rounded in coding order, each to the neighbour of lowest squared error + price * bits: the table of a value is
 known when its turn comes, as it is to a decoder.
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from clric_decoder.bitstream import Architecture, registered_architecture
+from clric_decoder.bitstream import WITH_NETWORKS, Architecture, registered_architecture
 from clric_decoder.context import Arm, build_arms, choose_level, predict
 from clric_decoder.entropy import ESCAPE_HIGH, ESCAPE_LOW, FRACTIONS, SYMBOL_ZERO, cumulative_tables, ideal_bits
 from clric_decoder.errors import ClricError, one_line
-from clric_decoder.network_sets import network_sets
 from clric_decoder.networks import Parameters, decode_networks
+from clric_decoder.registered_networks import registered_networks
 from clric_decoder.synthesis import synthesize
 
 from .encoder_file import find_encoder
@@ -33,8 +33,8 @@ from .tiling import ImageEncoder, in_tiles
 # The preset's name; the others are in training/presets.py.
 INSTANT = "instant"
 
-# The architecture of the sets, and the lambda that each was trained at, set 1 first.
-ARCHITECTURE = 8
+# The registered functions with networks, and the lambda that each was trained at.
+FUNCTIONS = tuple(WITH_NETWORKS)
 LAMBDAS = (4.0, 2.0, 1.0, 0.5, 0.22, 0.1, 0.045)
 
 # Lambda beyond the sets' own: coarser rounding with the coarsest, up to so much, for small files.
@@ -61,7 +61,7 @@ class _Set:
     squared error of the latent, summed over its channels, for one of a channel's integers being off by 1.
     """
 
-    number: int
+    function: int
     networks: list[Parameters]
     arm: Arm
     inverse: np.ndarray
@@ -167,14 +167,14 @@ def _encode(latent: np.ndarray, width: int, height: int, lmbda: float) -> tuple[
         price = lmbda / (width * height) * latent.size
         grid = round_by_rate(latent, candidate, architecture, price)
         error = float(np.square(synthesize([grid], candidate.networks, architecture) - latent).mean())
-        bits = ideal_bits(*predict(grid, candidate.arm, architecture, None)).sum()
+        bits = ideal_bits(*predict(grid, candidate.arm, architecture)).sum()
         loss = error + lmbda * bits / (width * height)
         if best is None or loss < best[0]:
             best = loss, candidate, grid, error
     assert best is not None
     _, chosen, grid, error = best
     data = write_stream(
-        architecture, chosen.networks, [grid], width=width, height=height, space=_SPACE, network_set=chosen.number
+        architecture, chosen.networks, [grid], width=width, height=height, space=_SPACE, function=chosen.function
     )
     decode_checked(data, chosen.networks, [grid])
     return data, error
@@ -197,12 +197,12 @@ def round_by_rate(latent: np.ndarray, networks: _Set, architecture: Architecture
     return choose_level(wanted, networks.arm, architecture, choose)
 
 
-def make_set(number: int, networks: list[Parameters], architecture: Architecture) -> _Set:
+def make_set(function: int, networks: list[Parameters], architecture: Architecture) -> _Set:
     """A set's networks with what rounding needs of them. Its first synthesis layer leads from C grids to C channels."""
     values = {parameters.group.name: parameters.values for parameters in networks}
     weight = values["synthesis.weight0"][:, :, 0, 0].astype(np.float64)
     return _Set(
-        number,
+        function,
         networks,
         build_arms(networks, architecture)[0],
         np.linalg.inv(weight).astype(np.float32),
@@ -213,16 +213,14 @@ def make_set(number: int, networks: list[Parameters], architecture: Architecture
 
 @lru_cache(maxsize=1)
 def _architecture() -> Architecture:
-    return registered_architecture(ARCHITECTURE)
+    return registered_architecture(FUNCTIONS[0])
 
 
 @lru_cache(maxsize=1)
 def _sets() -> list[_Set]:
     architecture = _architecture()
-    return [
-        make_set(number, decode_networks(segment, architecture), architecture)
-        for number, segment in enumerate(network_sets(architecture), 1)
-    ]
+    segments = registered_networks()
+    return [make_set(number, decode_networks(segments[number], architecture), architecture) for number in FUNCTIONS]
 
 
 @lru_cache(maxsize=1)

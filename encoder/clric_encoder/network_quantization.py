@@ -14,7 +14,7 @@ import torch
 from clric_decoder.bitstream import Architecture
 from clric_decoder.networks import Group, Parameters, integer_bits, parameter_groups
 
-from .model.function import GridBits, Networks, Synthesis
+from .model.function import Networks, Synthesis, grid_bits
 from .model.grid_layout import GridLayout
 
 GROUP_BITS = 8  # exponent and scale code
@@ -54,7 +54,7 @@ def quantize_networks(
         own = rate_weights * [GROUP_BITS + integer_bits(trial.integers) for trial in trials]
         values = {**current, **as_networks([[trial] for trial in trials], packed.device)}
         if group.name.startswith("arm") or group.name == "grid_scales":
-            return own + rate_weights * GridBits(packed, values, architecture, layout).bits.cpu().double().numpy()
+            return own + rate_weights * grid_bits(packed, values, architecture, layout).bits.cpu().double().numpy()
         layer = int(group.name[-1]) if group.name.startswith("synthesis.weight") else 0
         errors = Synthesis(packed, values, architecture, layout, synthesis, layer).latents - latents
         return own + errors.square().mean((1, 2, 3)).cpu().double().numpy()

@@ -31,6 +31,7 @@ from clric_decoder.models import (
     find_autoencoder,
     find_decoder,
     find_weights,
+    image_decoder_number,
     missing_weights,
 )
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class Network:
     """One half of an autoencoder in eval mode, its weights frozen: see `load_encoder_network`, `load_decoder_network`.
 
     halo: how many latents around a tile what it gives depends on; None where it depends on all, or the tiles are not
-    the network's but its first layers'.
+    the network's but its first layers'. number: of an image decoder that streams can name, see
+    `clric_decoder.models.IMAGE_DECODERS`.
     """
 
     half: Half
@@ -59,6 +61,7 @@ class Network:
     licence: str
     source: str
     module: nn.Module
+    number: int = 0
 
 
 def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None) -> Network:
@@ -345,6 +348,7 @@ def _of_manifest(manifest: dict[str, Any], half: Half, module: nn.Module) -> Net
         licence,
         source,
         module.eval().requires_grad_(False),
+        image_decoder_number(manifest) if half == "decoder" else 0,
     )
 
 

@@ -74,11 +74,14 @@ def write_stream(
     width: int,
     height: int,
     space: str,
-    network_set: int = 0,
+    function: int = 0,
+    image_decoder: int = 0,
+    metadata: dict[str, bytes] | None = None,
 ) -> bytes:
     """The stream of a function: grids (channels, rows, columns) int32 each, the finest first, and networks.
 
-    network_set: the number of the registered set that the networks are; they are then no part of the stream.
+    function: the number of the registered function whose networks these are; they are then no part of the stream.
+    image_decoder, metadata: see `clric_decoder.bitstream.Header`.
     """
     segments = encode_grids(networks, grids, architecture)
     return bitstream.write(
@@ -87,8 +90,10 @@ def write_stream(
         space=space,
         channels=architecture.synthesis[-1].channels,
         architecture=architecture,
-        segments=replace(segments, networks=b"") if network_set else segments,
-        network_set=network_set,
+        segments=replace(segments, networks=b"") if function else segments,
+        metadata=metadata,
+        function=function,
+        image_decoder=image_decoder,
     )
 
 

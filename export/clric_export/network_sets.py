@@ -1,4 +1,4 @@
-"""Network sets: one function's networks for many images, at one lambda each (clric_decoder/network_sets.py).
+"""Network sets: one function's networks for many images, at one lambda each (clric_decoder/registered_networks.py).
 
 Trained on crops of the latents of photos as functions are, under latent MSE + lambda * bpp with soft rounding, but for
 what stands for the training of grids: they are the latent, turned by the inverse of the first synthesis layer. At last
@@ -17,9 +17,9 @@ from clric_decoder.bitstream import Architecture, registered_architecture
 from clric_decoder.image import read_image
 from clric_decoder.networks import Parameters, encode_networks
 from clric_encoder.autoencoder import load_encoder
-from clric_encoder.instant import ARCHITECTURE, LAMBDAS, make_set, round_by_rate
+from clric_encoder.instant import FUNCTIONS, LAMBDAS, make_set, round_by_rate
 from clric_encoder.model.backends import backend_for
-from clric_encoder.model.function import GridBits, Packing, Synthesis
+from clric_encoder.model.function import Packing, Synthesis, grid_bits
 from clric_encoder.model.grid_layout import GridLayout
 from PIL import Image
 from torch import Tensor
@@ -43,7 +43,7 @@ _CPU = torch.device("cpu")
 def train_network_sets(
     photos: Path, output: Path, *, vae: str = "small", seed: int = 0, report: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Trains the sets of all lambdas on the latents of a folder of photos, and writes network_sets.json.
+    """Trains the sets of all lambdas on the latents of a folder of photos, and writes registered_networks.json.
 
     Raises ClricError and OSError.
     """
@@ -55,7 +55,7 @@ def train_network_sets(
         latent = torch.from_numpy(encoder.encode(np.asarray(image)))
         if min(latent.shape[1:]) >= CROP:
             latents.append(latent)
-    architecture = registered_architecture(ARCHITECTURE)
+    architecture = registered_architecture(FUNCTIONS[0])
     segments = []
     for lmbda in LAMBDAS:
         training = _Training(latents, architecture, lmbda, seed)
@@ -65,7 +65,8 @@ def train_network_sets(
         segments.append(encode_networks(networks))
         report(f"lambda {lmbda:g}: loss {loss:.4f}, {len(segments[-1])} bytes")
     scratch = output.with_suffix(".tmp")
-    scratch.write_text(json.dumps({architecture.to_bytes().hex(): [s.hex() for s in segments]}, indent=0) + "\n")
+    table = {str(number): segment.hex() for number, segment in zip(FUNCTIONS, segments, strict=True)}
+    scratch.write_text(json.dumps(table, indent=0) + "\n")
     os.replace(scratch, output)
     return output
 
@@ -152,7 +153,7 @@ class _Training:
         grad_vectors, grad_grids = torch.zeros_like(vectors), torch.zeros_like(grids)
         networks, grad_networks = self.packing.split(vectors), self.packing.split(grad_vectors)
         prices = torch.full((len(latents),), self.price)
-        bits = GridBits(grids, networks, self.architecture, self.layout, prices)
+        bits = grid_bits(grids, networks, self.architecture, self.layout, prices)
         synthesis = Synthesis(grids, networks, self.architecture, self.layout)
         errors = synthesis.latents - latents
         synthesis.backward(errors * (2 / errors[0].numel()), grad_networks, grad_grids)

@@ -12,7 +12,7 @@ from clric_decoder.networks import Parameters, parameter_groups
 from clric_decoder.synthesis import synthesize as decode
 from clric_encoder.model import backends
 from clric_encoder.model.backends import kernels, torch_operations
-from clric_encoder.model.function import GridBits, Packing, Synthesis
+from clric_encoder.model.function import Packing, Synthesis, grid_bits
 from clric_encoder.model.grid_layout import GridLayout
 from clric_encoder.network_quantization import as_networks
 from conformance import make_vectors
@@ -76,7 +76,7 @@ def test_bits_are_those_of_the_integer_model(name) -> None:
     architecture = ARCHITECTURES[name]
     grids, networks = random_function(architecture, 40, 56)
     layout = GridLayout(architecture, 40, 56, CPU)
-    trained = GridBits(join(layout, batched(grids)), as_networks([networks], CPU), architecture, layout).bits.item()
+    trained = grid_bits(join(layout, batched(grids)), as_networks([networks], CPU), architecture, layout).bits.item()
     coded = 0.0
     for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
         coded += ideal_bits(*predict(grid, arm, architecture, coarser)).sum()
@@ -106,11 +106,11 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     packed = join(layout, grids)
     vectors = packing.defaults + 0.1 * torch.randn(2, len(packing.defaults))
     networks = packing.split(vectors)
-    grid_bits = GridBits(packed, networks, architecture, layout, torch.full((2,), 1 / 1000))
+    counted = grid_bits(packed, networks, architecture, layout, torch.full((2,), 1 / 1000))
     synthesis = Synthesis(packed, networks, architecture, layout)
-    bits, latents = grid_bits.bits, synthesis.latents
+    bits, latents = counted.bits, synthesis.latents
     grad_packed, grad_vectors = torch.zeros_like(packed), packing.bits_gradient(vectors) / 1000
-    grid_bits.backward(packing.split(grad_vectors), grad_packed)
+    counted.backward(packing.split(grad_vectors), grad_packed)
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(grad_vectors), grad_packed)
     got = layout.split(grad_packed)
 
@@ -144,13 +144,13 @@ def test_the_number_of_threads_changes_nothing(monkeypatch) -> None:
         with kernels.without_torch_threads(), kernels.own_threads(threads):
             grad_packed, grad_vectors = torch.zeros_like(packed), torch.zeros(3, len(packing.defaults))
             grad_networks, targets = packing.split(grad_vectors), torch.zeros(3, 4, 96, 128)
-            grid_bits = GridBits(packed, networks, architecture, layout, torch.ones(3))
+            counted = grid_bits(packed, networks, architecture, layout, torch.ones(3))
             errors = Synthesis(packed, networks, architecture, layout)
             errors.backward(errors.latents - targets, grad_networks, grad_packed)
-            grid_bits.backward(grad_networks, grad_packed)
-            losses = errors.latents, grid_bits.bits
+            counted.backward(grad_networks, grad_packed)
+            losses = errors.latents, counted.bits
             rounded, slope = kernels.soft_round_with_noise(packed, packed.flip(0), 0.1, 0.15)
-            bits = GridBits(packed, networks, architecture, layout).bits
+            bits = grid_bits(packed, networks, architecture, layout).bits
             results.append((*losses, grad_packed, grad_vectors, bits, rounded, slope))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
@@ -183,5 +183,5 @@ def test_laplace_bits_by_hand() -> None:
     expected = [-np.log2(1 - np.exp(-0.5)), *[-np.log2((np.exp(-1.5) - np.exp(-2.5)) / 2)] * 2, 16]
     for value, bits in zip([0.0, 2.0, -2.0, 500.0], expected, strict=True):
         packed = join(layout, [torch.full((1, 1, 1, 1), value)])
-        got = GridBits(packed, packing.split(packing.defaults[None]), architecture, layout).bits
+        got = grid_bits(packed, packing.split(packing.defaults[None]), architecture, layout).bits
         assert got.item() == pytest.approx(bits, rel=1e-5)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from clric_decoder.bitstream import Header
+from clric_decoder.bitstream import VERSION, Header
 from clric_decoder.errors import ClricError
 from clric_decoder.files import write_output
 from clric_decoder.networks import mac_per_pixel
@@ -356,8 +356,21 @@ def _paper_table() -> Table:
         cells = []
         for preset in ("paper", "default"):
             architecture = PRESETS[preset].architecture(4)
-            levels = (1,) * len(architecture.channels)  # bytes: any that say that no level is empty
-            header = Header(0, width, height, "sd1", 4, architecture, 0, 0, 0, levels, 0)
+            header = Header(
+                version=VERSION,
+                width=width,
+                height=height,
+                space="sd1",
+                channels=4,
+                architecture=architecture,
+                function=0,
+                image_decoder=0,
+                metadata={},
+                header_bytes=0,
+                metadata_bytes=0,
+                network_bytes=0,
+                level_bytes=(1,) * len(architecture.channels),  # any that say that no level is empty
+            )
             cells.append(_number(sum(mac_per_pixel(header).values()), 2))
         ours = f"{math.ceil(height / 8)}, {math.ceil(width / 8)}"
         lines.append((f"{height}, {width}", f"{latent[0]}, {latent[1]}", ours, f"{published:g}", *cells))

@@ -5,7 +5,7 @@ floats, so that what is trained here is what is coded there. Everything carries 
 architecture and size, trained together. Grids lie in one plane (`GridLayout`); parameters live in a dict keyed by the
 names of `clric_decoder.networks.parameter_groups`, each (batch, *shape).
 
-`GridBits` and `Synthesis` compute on construction and keep what their `backward` needs.
+`grid_bits` and `Synthesis` compute at once and keep what their `backward` needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from clric_decoder.bitstream import Architecture, SynthesisLayer
 from clric_decoder.networks import parameter_groups
 
-from .backends import TORCH, Convolved, Networks, Upsampled, backend_for
+from .backends import Convolved, GridBits, Networks, Upsampled, backend_for
 from .grid_layout import GridLayout
 
 
@@ -82,41 +82,19 @@ class Synthesis:
             grad_networks["upsampler"] += grad_taps
 
 
-class GridBits:
+def grid_bits(
+    packed: torch.Tensor,
+    networks: Networks,
+    architecture: Architecture,
+    layout: GridLayout,
+    rate_weights: torch.Tensor | None = None,
+) -> GridBits:
     """Bits that the ARM gives to all grid values of each function. Starts asynchronously on a CPU; `bits` joins.
 
     packed: (batch, rows, stride), zero where the layout's mask is. rate_weights: (batch,), what `backward`
     multiplies the gradients by; None where they are not wanted.
     """
-
-    def __init__(
-        self,
-        packed: torch.Tensor,
-        networks: Networks,
-        architecture: Architecture,
-        layout: GridLayout,
-        rate_weights: torch.Tensor | None = None,
-    ) -> None:
-        self._packed = packed
-        levels = range(len(layout.shapes))
-        groups = (range(1, len(levels)), range(1)) if architecture.two_arms else (levels,)
-        # The compiled ARM knows no other inputs than neighbours
-        backend = TORCH if len(layout.extras) else backend_for(packed.device)
-        self._parts = [
-            backend.ArmBits(packed, rate_weights, f"arm{number}", networks, architecture, layout, group)
-            for number, group in enumerate(groups)
-            if layout.planes[layout.planes_of(group)]
-        ]
-
-    @property
-    def bits(self) -> torch.Tensor:
-        """(batch,)."""
-        return sum((part.bits for part in self._parts), self._packed.new_zeros(len(self._packed)))
-
-    def backward(self, grad_networks: Networks, grad_packed: torch.Tensor) -> None:
-        """Adds the gradients of the bits, each function's times its rate weight; `grad_packed` is as `packed`."""
-        for part in self._parts:
-            part.backward(grad_networks, grad_packed)
+    return backend_for(packed.device).GridBits(packed, rate_weights, networks, architecture, layout)
 
 
 class Packing:

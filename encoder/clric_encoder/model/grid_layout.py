@@ -71,7 +71,6 @@ class GridLayout:
             tuple(Doubling(coarse, fine, device) for coarse, fine in zip(coarser[1:], finer[1:], strict=True))
             for finer, coarser in pairwise(self.shapes)
         ]
-        self.extras = self._extra_inputs(architecture).to(device)
 
     def split(self, packed: torch.Tensor) -> list[torch.Tensor]:
         """(batch, rows, stride) -> views (batch, channels, height, width), the finest level first."""
@@ -81,44 +80,6 @@ class GridLayout:
             block = block.view(len(packed), channels, REACH + height, self.stride)
             grids.append(block[:, :, REACH:, REACH : REACH + width])
         return grids
-
-    def span(self, levels: range) -> slice:
-        """The part of the flattened packed that the planes of these levels take."""
-        tops = [*self.tops, self.rows]
-        return slice(tops[levels.start] * self.stride, tops[levels.stop] * self.stride)
-
-    def planes_of(self, levels: range) -> slice:
-        """The planes of these levels, among all."""
-        ends = np.cumsum([0, *(channels for channels, _, _ in self.shapes)])
-        return slice(int(ends[levels.start]), int(ends[levels.stop]))
-
-    def _extra_inputs(self, architecture: Architecture) -> torch.Tensor:
-        """(earlier + coarser, rows * stride) int64: where the ARM's other inputs lie behind `lead`; -lead is zero.
-
-        Values of earlier channels of the level at the same place, and samples of the next coarser level
-        (specification, "Inputs").
-        """
-        count = architecture.earlier + architecture.coarser
-        index = np.full((count, self.rows, self.stride), -self.lead, np.int64)
-        for level, (channels, height, width) in enumerate(self.shapes if count else ()):
-            rows, columns = np.arange(height)[:, None], np.arange(width)[None]
-            for channel in range(channels):
-                top = self.tops[level] + channel * (REACH + height) + REACH
-                place = index[:, top : top + height, REACH : REACH + width]
-                for distance in range(1, min(architecture.earlier, channel) + 1):
-                    place[distance - 1] = (top + rows - distance * (REACH + height)) * self.stride + REACH + columns
-                if level + 1 == len(self.shapes) or not self.shapes[level + 1][0]:
-                    continue
-                others, other_height, other_width = self.shapes[level + 1]
-                other = self.tops[level + 1] + min(channel, others - 1) * (REACH + other_height) + REACH
-                row, column = rows >> 1, columns >> 1
-                next_row = np.clip(row + 2 * (rows & 1) - 1, 0, other_height - 1)
-                next_column = np.clip(column + 2 * (columns & 1) - 1, 0, other_width - 1)
-                picks = ((row, column), (row, next_column), (next_row, column), (next_row, next_column))
-                for number in range(architecture.coarser):
-                    y, x = picks[number]
-                    place[architecture.earlier + number] = (other + y) * self.stride + REACH + x
-        return torch.from_numpy(index.reshape(count, self.rows * self.stride))
 
 
 class Doubling:

@@ -83,13 +83,14 @@ class ImageDecoder:
     """An image decoder that gradients pass through.
 
     run: latents [N, C, h, w] float32 -> images [N, 3, 8h, 8w] RGB, not clamped. halo: latents around a tile that its
-    pixels depend on; None where all depend on all.
+    pixels depend on; None where all depend on all. number: by which streams name it; 0 for one that they cannot.
     """
 
     name: str
     space: str
     run: Callable[[Tensor], Tensor]
     halo: int | None
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
 from ..model.backends import TORCH, Networks, backend_for
-from ..model.function import GridBits, Packing, Synthesis
+from ..model.function import Packing, Synthesis, grid_bits
 from ..model.grid_layout import GridLayout
 from ..network_quantization import as_networks, quantize_networks
 from . import process_pool
@@ -461,15 +461,15 @@ class _Trainer:
             rounded *= self.layout.mask
             torch.mul(self.packing.bits_gradient(state.vectors), rate_weights[:, None], out=grad_vectors)
             grad_packed.zero_()
-            grid_bits = GridBits(rounded, networks, self.architecture, self.layout, rate_weights)
+            counted = grid_bits(rounded, networks, self.architecture, self.layout, rate_weights)
             synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
             if stage.look_every and iteration % stage.look_every == 0:
                 self.distortion.look(synthesis.latents, state.owners)
             errors = synthesis.latents - self.distortion.targets[state.owners]
             distortions = errors.square().mean((1, 2, 3))
             synthesis.backward(errors.mul_(2 / errors[0].numel()), grad_networks, grad_packed)
-            grid_bits.backward(grad_networks, grad_packed)  # last, as it may have been computed meanwhile
-            bits = grid_bits.bits
+            counted.backward(grad_networks, grad_packed)  # last, as it may have been computed meanwhile
+            bits = counted.bits
             grad_packed *= self.layout.mask
             if slope is not None:
                 grad_packed *= slope
@@ -495,7 +495,7 @@ class _Trainer:
     def steer(self, state: _State, networks: Networks, stage: Stage, iteration: int, pause: int) -> None:
         """Move the lambdas by what the grids would cost if they were rounded now. pause: iterations since the last."""
         assert self.control is not None
-        bits = GridBits(state.packed.round(), networks, self.architecture, self.layout).bits
+        bits = grid_bits(state.packed.round(), networks, self.architecture, self.layout).bits
         lambdas = self.lmbdas[state.owners]
         self.lmbdas[state.owners] = self.control.next_lambdas(
             lambdas, bits, state.owners, iteration, stage.iterations, pause

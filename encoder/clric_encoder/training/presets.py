@@ -73,11 +73,8 @@ def paper_architecture(channels: int) -> Architecture:
     return Architecture(
         channels=(1,) * 7,
         neighbours=8,
-        earlier=0,
-        coarser=0,
         hidden_layers=2,
         width=8,
-        two_arms=False,
         grid_scales=False,
         synthesis=(
             SynthesisLayer(40, relu=True),
@@ -105,11 +102,8 @@ def default_architecture(channels: int) -> Architecture:
     return Architecture(
         channels=(channels, 1, 1, 1, 1),
         neighbours=8,
-        earlier=0,
-        coarser=0,
         hidden_layers=2,
         width=8,
-        two_arms=False,
         grid_scales=True,
         synthesis=(SynthesisLayer(channels), *block),
     )

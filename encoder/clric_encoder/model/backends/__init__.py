@@ -25,8 +25,8 @@ SMALLEST_PROBABILITY = 2.0**-16
 LARGEST_ACTIVATION = MAX_ACTIVATION / UNIT
 
 
-class ArmBits(Protocol):
-    """Bits of some levels' grids by one ARM."""
+class GridBits(Protocol):
+    """Bits of all grids by the ARM."""
 
     @property
     def bits(self) -> torch.Tensor:
@@ -77,7 +77,7 @@ class SoapState:
 class Backend(Protocol):
     """What a backend's module has; see `torch_operations` for what each does."""
 
-    ArmBits: Callable[..., ArmBits]
+    GridBits: Callable[..., GridBits]
     Upsampled: Callable[[torch.Tensor, torch.Tensor, GridLayout], Upsampled]
     Convolved: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Convolved]
     soft_round_with_noise: Callable[[torch.Tensor, torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor]]
@@ -91,9 +91,9 @@ def backend_for(device: torch.device) -> Backend:
     return COMPILED if device.type == "cpu" and COMPILED is not None else TORCH
 
 
-def arm_matrices(networks: Networks, name: str, layers: int) -> list[torch.Tensor]:
-    """What each layer of an ARM multiplies its inputs with, (batch, outputs, inputs)."""
-    matrices = [networks[f"{name}.weight{layer}"].clone() for layer in range(layers)]
+def arm_matrices(networks: Networks, layers: int) -> list[torch.Tensor]:
+    """What each layer of the ARM multiplies its inputs with, (batch, outputs, inputs)."""
+    matrices = [networks[f"arm.weight{layer}"].clone() for layer in range(layers)]
     for matrix in matrices[:-1]:
         matrix.diagonal(dim1=1, dim2=2).add_(1)  # hidden layers add to their inputs (specification, "Layers")
     return matrices

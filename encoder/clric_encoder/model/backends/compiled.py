@@ -24,7 +24,7 @@ from . import (
 )
 from .kernels import adam, soft_round_with_noise
 
-__all__ = ["ArmBits", "Convolved", "Upsampled", "adam", "soap", "soft_round_with_noise", "threads"]
+__all__ = ["Convolved", "GridBits", "Upsampled", "adam", "soap", "soft_round_with_noise", "threads"]
 
 
 def Upsampled(packed: torch.Tensor, taps: torch.Tensor, layout: GridLayout) -> kernels.Upsampled:
@@ -49,34 +49,30 @@ class Convolved:
         return grad_inputs.view(self._shape), grad_weight.view(self._weight_shape), grad_bias.view(batch, outputs)
 
 
-class ArmBits:
-    """As `torch_operations.ArmBits`; bits and gradients in one pass, which starts asynchronously."""
+class GridBits:
+    """As `torch_operations.GridBits`; bits and gradients in one pass, which starts asynchronously."""
 
     def __init__(
         self,
         packed: torch.Tensor,
         rate_weights: torch.Tensor | None,
-        name: str,
         networks: Networks,
         architecture: Architecture,
         layout: GridLayout,
-        levels: range,
     ) -> None:
-        self._name = name
         sizes = arm_sizes(architecture)
-        matrices = arm_matrices(networks, name, len(sizes) - 1)
+        matrices = arm_matrices(networks, len(sizes) - 1)
         self._shapes = [matrix.shape for matrix in matrices]
-        self._planes = layout.planes_of(levels)
         scales = (
             networks["grid_scales"] if "grid_scales" in networks else packed.new_zeros(len(packed), len(layout.planes))
         )
         self._arm_bits = kernels.ArmBits(
             packed,
-            layout.planes[self._planes],
+            layout.planes,
             layout.offsets,
-            scales[:, self._planes],
+            scales,
             torch.cat([matrix.flatten(1) for matrix in matrices], 1),
-            networks[f"{name}.bias"],
+            networks["arm.bias"],
             sizes,
             (MAX_CONTEXT, LARGEST_ACTIVATION, LOG_SCALE_LOW, LOG_SCALE_HIGH, SMALLEST_PROBABILITY),
             rate_weights,
@@ -88,15 +84,15 @@ class ArmBits:
         return self._arm_bits.bits
 
     def backward(self, grad_networks: Networks, grad_packed: torch.Tensor) -> None:
-        """As `torch_operations.ArmBits.backward`."""
+        """As `torch_operations.GridBits.backward`."""
         grad_scales, grad_weights, grad_biases = self._arm_bits.gradients()
         self._arm_bits.add_to(grad_packed)
         if "grid_scales" in grad_networks:
-            grad_networks["grid_scales"][:, self._planes] += grad_scales
-        grad_networks[f"{self._name}.bias"] += grad_biases
+            grad_networks["grid_scales"] += grad_scales
+        grad_networks["arm.bias"] += grad_biases
         parts = grad_weights.split([shape[1:].numel() for shape in self._shapes], 1)
         for layer, part in enumerate(parts):
-            grad_networks[f"{self._name}.weight{layer}"] += part.view(self._shapes[layer])
+            grad_networks[f"arm.weight{layer}"] += part.view(self._shapes[layer])
 
 
 def soap(

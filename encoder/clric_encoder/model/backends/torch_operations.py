@@ -125,43 +125,39 @@ class Convolved:
         return _fold(grad_inputs, margin, width).reshape(self._shape), grad_weight, grad_bias
 
 
-class ArmBits:
-    """The bits of a part of the packed by one ARM: neighbours, layers, Laplace distribution."""
+class GridBits:
+    """The bits of all grids by the ARM: neighbours, layers, Laplace distribution."""
 
     def __init__(
         self,
         packed: torch.Tensor,
         rate_weights: torch.Tensor | None,
-        name: str,
         networks: Networks,
         architecture: Architecture,
         layout: GridLayout,
-        levels: range,
     ) -> None:
-        flat, span = packed.flatten(1), layout.span(levels)
-        self._flat, self._rate_weights, self._name, self._layout, self._span = flat, rate_weights, name, layout, span
+        flat = packed.flatten(1)
+        self._flat, self._rate_weights, self._layout = flat, rate_weights, layout
         seen = F.pad(flat.clamp(-MAX_CONTEXT, MAX_CONTEXT), (layout.lead, 0))
-        biases = networks[f"{name}.bias"].split(arm_sizes(architecture)[1:], 1)
-        self._matrices = arm_matrices(networks, name, len(biases))
-        batch, first, count = len(flat), layout.lead + span.start, span.stop - span.start
-        inputs = [seen[:, first + distance : first + distance + count] for distance in layout.neighbours]
-        inputs += [seen[:, layout.lead + index[span]] for index in layout.extras]
-        self._activations = [torch.stack(inputs, 1) if inputs else seen.new_zeros(batch, 0, count)]
+        biases = networks["arm.bias"].split(arm_sizes(architecture)[1:], 1)
+        self._matrices = arm_matrices(networks, len(biases))
+        batch, count = flat.shape
+        starts = [layout.lead + distance for distance in layout.neighbours]
+        self._activations = [torch.stack([seen[:, start : start + count] for start in starts], 1)]
         for matrix, bias in zip(self._matrices[:-1], biases[:-1], strict=True):
             hidden = torch.baddbmm(bias[:, :, None], matrix, self._activations[-1])
             self._activations.append(hidden.clamp_(0, LARGEST_ACTIVATION))
         outputs = torch.baddbmm(biases[-1][:, :, None], self._matrices[-1], self._activations[-1])
         mean, self._log_scale = outputs.unbind(1)
-        self._rows = layout.plane_numbers[span.start // layout.stride : span.stop // layout.stride]
         self._has_scales = "grid_scales" in networks
         if self._has_scales:
-            scales = networks["grid_scales"][:, self._rows, None]
+            scales = networks["grid_scales"][:, layout.plane_numbers, None]
             self._log_scale = (self._log_scale.view(batch, -1, layout.stride) + scales).flatten(1)
 
         # Laplace, of scale 2^log_scale: the probability of the unit interval around a value is (1 - far) / 2 on one
         # side of the mean, and (1 - near) / 2 on the other if the mean is in the interval
         self._rate = self._log_scale.clamp(LOG_SCALE_LOW, LOG_SCALE_HIGH).neg_().exp2_()
-        self._difference = flat[:, span] - mean
+        self._difference = flat - mean
         self._outer = self._difference.abs()
         self._inner = 0.5 - self._outer
         self._outer += 0.5
@@ -169,43 +165,40 @@ class ArmBits:
         self._far = (self._outer * self._rate).neg_().exp_()
         self._probability = (1 - self._far).addcmul_(self._inner.sign(), 1 - self._near).mul_(0.5)
         self._probability.clamp_min_(SMALLEST_PROBABILITY)
-        self.bits = -(torch.log2(self._probability) @ layout.mask.flatten()[span])
+        self.bits = -(torch.log2(self._probability) @ layout.mask.flatten())
 
     def backward(self, grad_networks: Networks, grad_packed: torch.Tensor) -> None:
         """Adds gradients."""
         assert self._rate_weights is not None
         grad_flat = grad_packed.flatten(1)
-        layout, span, rate = self._layout, self._span, self._rate
-        batch, first, count = len(grad_flat), layout.lead + span.start, span.stop - span.start
-        slope = (
-            (layout.mask.flatten()[span] * self._rate_weights[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
-        )
+        layout, rate = self._layout, self._rate
+        batch, count = grad_flat.shape
+        slope = (layout.mask.flatten() * self._rate_weights[:, None]).div_(self._probability).mul_(-0.5 / math.log(2))
         # No gradient from where the probability is at its floor
         slope = torch.ops.aten.threshold_backward(slope, self._probability, SMALLEST_PROBABILITY).mul_(rate)
         grad_scale = (self._inner * self._near).addcmul_(self._outer, self._far).mul_(slope).mul_(-math.log(2))
         grad_scale = torch.ops.aten.hardtanh_backward(grad_scale, self._log_scale, LOG_SCALE_LOW, LOG_SCALE_HIGH)
         grad_mean = (self._near - self._far).mul_(self._difference.sign()).mul_(slope)
-        grad_flat[:, span] -= grad_mean
+        grad_flat -= grad_mean
 
         if self._has_scales:
             grad_rows = grad_scale.view(batch, -1, layout.stride).sum(2)
-            grad_networks["grid_scales"].index_add_(1, self._rows, grad_rows)
+            grad_networks["grid_scales"].index_add_(1, layout.plane_numbers, grad_rows)
         grad_biases = []
         gradient = torch.stack([grad_mean, grad_scale], 1)
         for layer in range(len(self._matrices) - 1, -1, -1):
             inputs = self._activations[layer]
-            grad_networks[f"{self._name}.weight{layer}"] += torch.bmm(gradient, inputs.transpose(1, 2))
+            grad_networks[f"arm.weight{layer}"] += torch.bmm(gradient, inputs.transpose(1, 2))
             grad_biases.append(gradient.sum(2))
             gradient = torch.bmm(self._matrices[layer].transpose(1, 2), gradient)
             if layer:
                 gradient = torch.ops.aten.hardtanh_backward(gradient, inputs, 0, LARGEST_ACTIVATION)
-        grad_networks[f"{self._name}.bias"] += torch.cat(grad_biases[::-1], 1)
+        grad_networks["arm.bias"] += torch.cat(grad_biases[::-1], 1)
 
-        grad_seen = grad_flat.new_zeros(batch, layout.lead + grad_flat.shape[1])
+        grad_seen = grad_flat.new_zeros(batch, layout.lead + count)
         for number, distance in enumerate(layout.neighbours):
-            grad_seen[:, first + distance : first + distance + count] += gradient[:, number]
-        for number, index in enumerate(layout.extras, len(layout.neighbours)):
-            grad_seen.index_add_(1, layout.lead + index[span], gradient[:, number])
+            start = layout.lead + distance
+            grad_seen[:, start : start + count] += gradient[:, number]
         seen = grad_seen[:, layout.lead :]
         grad_flat += torch.ops.aten.hardtanh_backward(seen, self._flat, -MAX_CONTEXT, MAX_CONTEXT)
 
