@@ -79,9 +79,9 @@ def decode(
 ) -> np.ndarray:
     """The image of a stream, H x W x 3 uint8 RGB.
 
-    ``vae`` names the image decoder (or is the path of an .onnx file); None takes `default_decoder`. ``models`` is a folder to look for it first. ``provider`` is "auto" or a key of
-    `PROVIDERS`. Raises StreamError for a bad stream, ModelError for a decoder that is missing or of another
-    latent space.
+    ``vae`` names the image decoder (or is the path of an .onnx file); None takes `default_decoder`. ``models`` is a
+    folder to look for it first. ``provider`` is "auto" or a key of `PROVIDERS`. Raises StreamError for a bad stream,
+    ModelError for a decoder that is missing or of another latent space.
     """
     header = read_header(data, max_pixels=max_pixels)
     vae = vae or default_decoder(header, models)
