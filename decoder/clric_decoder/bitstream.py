@@ -29,6 +29,7 @@ MAX_SYNTHESIS_LAYERS = 8
 CHECKSUM_BYTES = 4
 
 # Types of metadata (specification, "Metadata"), and the first of those that a decoder must know.
+Metadata = dict[str, bytes]
 METADATA = {1: "icc_profile", 2: "exif", 3: "xmp"}
 CRITICAL_METADATA = 128
 
@@ -124,7 +125,7 @@ class Header:
     architecture: Architecture
     function: int  # its number among `REGISTERED_FUNCTIONS`; 0 where the stream describes it
     image_decoder: int  # number of the image decoder that it was trained for, within the latent space; 0: not said
-    metadata: dict[str, bytes]  # by the names in `METADATA`; those of other types are left out
+    metadata: Metadata  # by the names in `METADATA`; those of other types are left out
     header_bytes: int  # everything that is neither metadata, networks nor grids: the checksum too
     metadata_bytes: int
     network_bytes: int
@@ -336,9 +337,9 @@ def _read_header(reader: _Reader, size: int, max_pixels: int) -> Header:
     )
 
 
-def _read_metadata(segment: bytes) -> dict[str, bytes]:
+def _read_metadata(segment: bytes) -> Metadata:
     """The content of the metadata entries whose types are known; of several of one type, of the first."""
-    reader, metadata = _Reader(segment), dict[str, bytes]()
+    reader, metadata = _Reader(segment), Metadata()
     while reader.position < len(segment):
         try:
             kind = reader.integer()
@@ -373,7 +374,7 @@ def write(
     channels: int,
     architecture: Architecture,
     segments: Segments,
-    metadata: dict[str, bytes] | None = None,
+    metadata: Metadata | None = None,
     function: int = 0,
     image_decoder: int = 0,
 ) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from clric_decoder import bitstream
+from clric_decoder.bitstream import Metadata
 from clric_decoder.errors import ClricError, ModelError
 
 from .autoencoder import fast_dtype, load_decoder, load_encoder
@@ -56,21 +57,23 @@ def encode(
     device: str = "auto",
     seed: int = 0,
     models: str | os.PathLike[str] | None = None,
+    metadata: Metadata | None = None,
     progress: Report | None = None,
 ) -> bytes:
-    """The stream of an image (H, W, 3) uint8 RGB.
+    """The stream of an image (H, W, 3) uint8 RGB, sRGB unless the metadata has an ICC profile.
 
     lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (50 where nothing is given); or the
     largest size in bytes, or in bits per pixel, which the file comes to within 3 %. A size that cannot be met is warned
     of (UserWarning), and so is a training that takes minutes.
     vae, models: the autoencoder by name, and a folder to look for its weights in first.
     preset: a name in `presets.PRESETS`, or `instant` (`instant.encode_instantly`). tune, lpips: see `load_tuning`.
-    device: auto, cpu or cuda.
+    device: auto, cpu or cuda. metadata: icc_profile, exif and xmp as `clric_decoder.image.read_image` gives them; they
+    count for the size.
     progress: called with `training.loop.Progress`.
     Raises ClricError and its subclasses.
     """
     if preset == INSTANT:
-        return encode_instantly(image, vae=vae, lmbda=lmbda, quality=quality, size=size, bpp=bpp)
+        return encode_instantly(image, vae=vae, lmbda=lmbda, quality=quality, size=size, bpp=bpp, metadata=metadata)
     height, width = check_image(image)
     rate = choose_rate(lmbda, quality, size, bpp)
     device = find_device(device)
@@ -86,6 +89,7 @@ def encode(
         preset=preset,
         tuning=tuning,
         images=[image],
+        metadata=[metadata or {}],
         device=device,
         seed=seed,
         progress=progress,
@@ -174,6 +178,7 @@ def encode_latents(
     preset: str = "default",
     tuning: Tuning | None = None,
     images: Sequence[np.ndarray] = (),
+    metadata: Sequence[Metadata] = (),
     device: str = "cpu",
     seed: int = 0,
     progress: Report | None = None,
@@ -182,7 +187,8 @@ def encode_latents(
     """The streams of a batch of latents (batch, C, h, w) float32, trained together, of images (width, height).
 
     Latents as `check_latent` lets through. tuning, images: what functions are trained through, and the images, each
-    (height, width, 3) uint8. device: cpu or cuda. warn: called before a training that takes minutes. Raises ClricError.
+    (height, width, 3) uint8. metadata: of each image; none where it is empty. device: cpu or cuda. warn: called before
+    a training that takes minutes. Raises ClricError.
     """
     if preset not in PRESETS:
         raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -198,6 +204,7 @@ def encode_latents(
             height=height,
             space=space,
             image_decoder=0 if tuning is None else tuning.decoder.number,
+            metadata=metadata[number] if metadata else None,
         )
 
     distortion = None

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
-from clric_decoder.bitstream import WITH_NETWORKS, Architecture, registered_architecture
+from clric_decoder.bitstream import WITH_NETWORKS, Architecture, Metadata, registered_architecture
 from clric_decoder.context import Arm, build_arms, choose_level, predict
 from clric_decoder.entropy import ESCAPE_HIGH, ESCAPE_LOW, FRACTIONS, SYMBOL_ZERO, cumulative_tables, ideal_bits
 from clric_decoder.errors import ClricError, one_line
@@ -106,59 +107,72 @@ def encode_instantly(
     quality: float | None = None,
     size: int | None = None,
     bpp: float | None = None,
+    metadata: Metadata | None = None,
 ) -> bytes:
     """The stream of an image (H, W, 3) uint8 RGB by preset instant; needs onnxruntime, and not torch.
 
     vae: an autoencoder of the space `clric`. The others are those of `encoding.encode`. Raises ClricError.
     """
     rate = choose_rate(lmbda, quality, size, bpp)
-    encoded = encode_image(image, load_encoder(vae), rate)
+    encoded = encode_image(image, load_encoder(vae), rate, metadata)
     if encoded.note:
         warnings.warn(encoded.note, stacklevel=2)
     return encoded.data
 
 
-def encode_image(image: np.ndarray, encoder: ImageEncoder, rate: Rate) -> Encoded:
+def encode_image(image: np.ndarray, encoder: ImageEncoder, rate: Rate, metadata: Metadata | None = None) -> Encoded:
     """The stream of an image (H, W, 3) uint8 RGB. Raises ClricError."""
     height, width = check_image(image)
     latent = encoder.encode(image)
     check_latent(latent, width, height, encoder.space)
+    attempt = partial(_attempt, latent, width, height, metadata)
     limit = rate.bytes(width * height)
     if limit is None:
         assert rate.lmbda is not None
-        data, error = _encode(latent, width, height, rate.lmbda)
-        return Encoded(data, rate.lmbda, error, None)
-    return _of_size(latent, width, height, limit)
+        chosen, note = attempt(rate.lmbda), None
+    else:
+        chosen, note = _of_size(attempt, limit)
+    decode_checked(chosen.data, chosen.networks, [chosen.grid])
+    return Encoded(chosen.data, chosen.lmbda, chosen.error, note)
 
 
-def _of_size(latent: np.ndarray, width: int, height: int, limit: int) -> Encoded:
-    """By bisection of lambda: the largest file of at most so many bytes that was met."""
+@dataclass(frozen=True)
+class _Attempt:
+    """A stream at one lambda. error: mean squared error of its latent."""
+
+    lmbda: float
+    data: bytes
+    error: float
+    networks: list[Parameters]
+    grid: np.ndarray
+
+
+def _of_size(attempt: Callable[[float], _Attempt], limit: int) -> tuple[_Attempt, str | None]:
+    """By bisection of lambda: the largest file met of at most so many bytes, and a note where it is far off."""
     low, high = math.log(LAMBDAS[-1] / 4), math.log(HIGHEST)
     best, smallest = None, None
     for _ in range(TRIES):
         middle = (low + high) / 2
-        data, error = _encode(latent, width, height, math.exp(middle))
-        encoded = Encoded(data, math.exp(middle), error, None)
-        if smallest is None or len(data) < len(smallest.data):
-            smallest = encoded
-        if len(data) > limit:
+        tried = attempt(math.exp(middle))
+        size = len(tried.data)
+        if smallest is None or size < len(smallest.data):
+            smallest = tried
+        if size > limit:
             low = middle
             continue
         high = middle
-        if best is None or len(data) > len(best.data):
-            best = encoded
-        if len(data) >= MIN_FILL * limit:
-            return best
+        if best is None or size > len(best.data):
+            best = tried
+        if size >= MIN_FILL * limit:
+            return best, None
     assert smallest is not None
     if best is None:
-        note = f"no stream of {limit} bytes was found; the smallest has {len(smallest.data)}"
-        return Encoded(smallest.data, smallest.lmbda, smallest.latent_mse, note)
-    note = f"no use was found for {limit} bytes; the stream has {len(best.data)}"
-    return Encoded(best.data, best.lmbda, best.latent_mse, note)
+        return smallest, f"no stream of {limit} bytes was found; the smallest has {len(smallest.data)}"
+    return best, f"no use was found for {limit} bytes; the stream has {len(best.data)}"
 
 
-def _encode(latent: np.ndarray, width: int, height: int, lmbda: float) -> tuple[bytes, float]:
-    """Bytes and the latent's mean squared error, with the better of the two sets whose lambdas are next to this one."""
+def _attempt(latent: np.ndarray, width: int, height: int, metadata: Metadata | None, lmbda: float) -> _Attempt:
+    """With the better of the two sets of networks whose lambdas are next to this one."""
     architecture = _architecture()
     distances = [abs(math.log(lmbda / own)) for own in LAMBDAS]
     best: tuple[float, _Set, np.ndarray, float] | None = None
@@ -174,10 +188,16 @@ def _encode(latent: np.ndarray, width: int, height: int, lmbda: float) -> tuple[
     assert best is not None
     _, chosen, grid, error = best
     data = write_stream(
-        architecture, chosen.networks, [grid], width=width, height=height, space=_SPACE, function=chosen.function
+        architecture,
+        chosen.networks,
+        [grid],
+        width=width,
+        height=height,
+        space=_SPACE,
+        function=chosen.function,
+        metadata=metadata,
     )
-    decode_checked(data, chosen.networks, [grid])
-    return data, error
+    return _Attempt(lmbda, data, error, chosen.networks, grid)
 
 
 def round_by_rate(latent: np.ndarray, networks: _Set, architecture: Architecture, price: float) -> np.ndarray:

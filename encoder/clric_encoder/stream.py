@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from clric_decoder import bitstream
-from clric_decoder.bitstream import Architecture
+from clric_decoder.bitstream import Architecture, Metadata
 from clric_decoder.errors import ClricError
 from clric_decoder.latent import decode_grids, encode_grids
 from clric_decoder.models import LATENT_SPACES
@@ -76,7 +76,7 @@ def write_stream(
     space: str,
     function: int = 0,
     image_decoder: int = 0,
-    metadata: dict[str, bytes] | None = None,
+    metadata: Metadata | None = None,
 ) -> bytes:
     """The stream of a function: grids (channels, rows, columns) int32 each, the finest first, and networks.
 
