@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from clric_decoder import ClricError, decode_latent, read_header
+from clric_decoder import ClricError, StreamError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode, encode_latent
@@ -194,6 +195,35 @@ def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
     latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
     with pytest.raises(MemoryError, match="killed"):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
+
+
+class LibraryError(Exception):
+    """As many libraries have them: its arguments are not those that it is made of."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+
+
+@pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (StreamError("limit", "the stream is too long"), StreamError),
+        (LibraryError(7, "the stream is too long"), RuntimeError),
+        (ClricError("the stream is too long", lambda: None), RuntimeError),
+    ],
+)
+def test_an_error_in_a_part_keeps_its_text(error, expected) -> None:
+    def train(part, check):
+        if part:
+            raise error
+        while True:
+            time.sleep(0.01)
+            check()
+
+    with pytest.raises(expected, match="the stream is too long") as caught:
+        process_pool.run(train, 2)
+    assert getattr(caught.value, "kind", None) == getattr(error, "kind", None)
 
 
 @pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
