@@ -4,6 +4,7 @@ Colours are taken as sRGB: an embedded profile of another colour space is applie
 """
 
 import io
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -131,18 +132,29 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
     """The image in sRGB by its embedded profile, and a warning where that cannot be."""
-    if image.mode not in ("RGB", "RGBA", "CMYK", "L"):
-        image = image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return image, None  # most files say so, and are left exactly as they are
-        converted = ImageCms.profileToProfile(
-            image.convert("RGB") if image.mode == "RGBA" else image,
-            source,
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGB",
-        )
+        if image.mode not in ("RGB", "CMYK", "L") or (image.mode == "L" and source.profile.xcolor_space == "RGB "):
+            image = image.convert("RGB")
+        if image.mode == "RGB" and _is_srgb(source):
+            return image, None  # most files are, and are left exactly as they are
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         return image, f"the embedded colour profile is not applied ({one_line(error)})"
     return converted if converted is not None else image, None
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """Whether a profile leaves colours in sRGB as they are, within rounding. Names say little: "linear sRGB" is none.
+
+    Colorimetric, since the perceptual tables of some profiles of sRGB change its contrast.
+    """
+    samples = np.array(list(itertools.product((0, 16, 64, 128, 192, 255), repeat=3)), np.uint8)
+    shown = ImageCms.profileToProfile(
+        Image.fromarray(samples[None]),
+        profile,
+        ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+    )
+    return bool(np.abs(np.asarray(shown)[0].astype(int) - samples).max() <= 1)
