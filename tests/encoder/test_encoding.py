@@ -22,9 +22,11 @@ from clric_encoder.model.function import Packing
 from clric_encoder.model.grid_layout import GridLayout
 from clric_encoder.network_quantization import quantize_networks
 from clric_encoder.rate import Rate, quality_to_lambda
+from clric_encoder.stream import MAX_LATENT
 from clric_encoder.training import process_pool
 from clric_encoder.training.optimizers import Adam
 from clric_encoder.training.presets import PRESETS
+from clric_encoder.training.rate_control import principal_step
 
 CPU = torch.device("cpu")
 
@@ -231,6 +233,7 @@ def test_no_part_outlives_a_killed_command() -> None:
     """Its output ends when the last process has."""
     script = """
 import time
+from clric_encoder.stream import MAX_LATENT
 from clric_encoder.training import process_pool
 def train(part, check):
     print(part, flush=True)
@@ -301,6 +304,24 @@ def test_extremes_of_lambda(lmbda) -> None:
         assert error(data, latent) < 0.1 * latent.var()
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("outlier", [False, True])
+def test_the_largest_latents_are_coded_as_closely_as_others(channels, outlier) -> None:
+    """One value at the limit, or all values scaled up to it: the error is that of the step of lambda, squared / 12."""
+    latent = smooth_latent(channels, 12, 16)
+    if outlier:
+        latent[0, 5, 7] = MAX_LATENT
+    else:
+        latent = (latent / np.abs(latent).max() * MAX_LATENT).astype(np.float32)
+    space = {4: "sd1", 16: "flux1"}[channels]
+    for quality in (50, 100):
+        lmbda = quality_to_lambda(quality)
+        step = principal_step(lmbda, latent.size, 64 * latent[0].size)
+        assert error(coded(latent, lmbda, space=space, preset="fast"), latent) < 3 * step**2 / 12
+    decoded = decode_latent(coded(latent, 1e-6, space=space, preset="fast"))
+    assert np.abs(decoded - latent).max() < 0.02 * MAX_LATENT
+
+
 def test_custom_space() -> None:
     latent = smooth_latent(7, 8, 10)
     assert read_header(coded(latent, space="custom-00112233445566ff")).space == "custom-00112233445566ff"
@@ -318,8 +339,9 @@ def test_flat_latent_costs_almost_nothing() -> None:
         ({"lmbda": 0.0}, "lambda is 0"),
         ({"lmbda": float("nan")}, "lambda is nan"),
         ({"lmbda": 1e-9}, "within 1e-06 to 1e"),
-        ({"latent": np.full((4, 2, 2), np.inf, np.float32)}, "beyond"),
-        ({"latent": np.full((4, 2, 2), np.nan, np.float32)}, "beyond"),
+        ({"latent": np.full((4, 2, 2), np.inf, np.float32)}, "not finite"),
+        ({"latent": np.full((4, 2, 2), np.nan, np.float32)}, "not finite"),
+        ({"latent": np.full((4, 2, 2), -50.5, np.float32)}, r"up to \+-50.5, the limit is \+-50; scale its space"),
         ({"latent": np.zeros((4, 2, 2))}, "float64"),
         ({"latent": np.zeros((16, 2, 2), np.float32)}, r"must be \(4, 2, 2\)"),
         ({"space": "sd9"}, "'sd9' is not known"),
