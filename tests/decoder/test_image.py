@@ -2,13 +2,14 @@
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clric_decoder.errors import ClricError, ImageError
-from clric_decoder.image import read_image, write_image
+from clric_decoder.image import read_image, take_over_pillow, write_image
 from PIL import Image, ImageCms
 
 
@@ -232,12 +233,31 @@ def test_bad_files_are_one_line_that_names_the_file(tmp_path: Path) -> None:
         assert "\n" not in message
 
 
-def test_only_our_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow refuses images of more than 2 * 89478485 pixels by default."""
+def test_what_is_pillows_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit and Python's filters of warnings are the whole process's: other threads see them too."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    write_image(tmp_path / "image.png", gradient())
+    seen = []
+
+    class Watched(io.BytesIO):
+        def read(self, *arguments: int) -> bytes:
+            seen.append((Image.MAX_IMAGE_PIXELS, list(warnings.filters)))
+            return super().read(*arguments)
+
+    before = list(warnings.filters)
+    read_image(Watched((tmp_path / "image.png").read_bytes()))
+    assert seen
+    assert all(now == (1000, before) for now in seen)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    with pytest.raises(ImageError, match=r"image\.png: exceeds Pillow's limit .* raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+        read_image(tmp_path / "image.png")
+
+
+def test_in_a_command_only_our_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
     write_image(tmp_path / "image.png", gradient())
+    take_over_pillow()
     np.testing.assert_array_equal(read_image(tmp_path / "image.png")[0], gradient())
-    assert Image.MAX_IMAGE_PIXELS == 9
 
 
 def test_limit_of_pixels(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +155,35 @@ def test_processes_share_a_batch(rate) -> None:
         if rate.bpp is not None:
             limit = int(rate.bpp * size[0] * size[1] / 8)
             assert 0.97 * limit <= len(encoded.data) <= limit
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_trainings_in_threads_change_nothing_for_other_threads() -> None:
+    """Two overlap; torch's number of threads is looked at from a new thread, and the bytes are those of one alone."""
+    latents, streams, seen = [smooth_latent(4, 8, 10, seed) for seed in range(2)], {}, []
+    together = threading.Barrier(2)
+
+    def new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    def train(number: int) -> None:
+        def look(progress) -> None:
+            if progress.iteration < 30:
+                together.wait(timeout=60)
+                seen.append(new_thread())
+
+        streams[number] = coded(latents[number], progress=look)
+        seen.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) > 4
+    assert {*seen, new_thread()} == {2}
+    assert [streams[number] for number in range(2)] == [coded(latent) for latent in latents]
 
 
 @pytest.mark.usefixtures("two_threads")
