@@ -20,6 +20,10 @@ class StreamError(ClricError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self) -> tuple[type["StreamError"], tuple[str, str]]:
+        # An exception is pickled by its class and ``args``, which are the message alone.
+        return type(self), (self.kind, str(self))
+
 
 class ModelError(ClricError):
     """An autoencoder that is missing, damaged, or of another latent space than the stream's."""

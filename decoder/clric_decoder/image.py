@@ -4,6 +4,7 @@ Colours are taken as sRGB: an embedded profile of another colour space is applie
 """
 
 import io
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -37,25 +38,23 @@ def read_image(
     The orientation of EXIF is applied. Grey, palette and CMYK become RGB, 16 bits are scaled to 8,
     transparency is flattened on white (with a warning), of several frames the first is taken (with a
     warning). Raises ImageError, one line that starts with the file's name, for a file that is missing,
-    damaged, no image, or of more than ``max_pixels`` pixels; the last before any pixel is decoded.
+    damaged, no image, or of more than ``max_pixels`` pixels; the last before any pixel is decoded. Pillow's
+    own limit (PIL.Image.MAX_IMAGE_PIXELS) counts too.
     """
-    path = source if isinstance(source, str | os.PathLike) else None
-    name = os.fspath(path) if path is not None else str(getattr(source, "name", "-"))
-    pillows_limit = Image.MAX_IMAGE_PIXELS
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "-"))
     try:
-        with warnings.catch_warnings():
-            # Our own limit stands for Pillow's, and warnings are about metadata that we drop.
-            warnings.simplefilter("ignore")
-            Image.MAX_IMAGE_PIXELS = None
-            with Image.open(source) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(
-                        f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; "
-                        "make it smaller"
-                    )
-                return _to_rgb(image, name)
+        with Image.open(source) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; make it smaller"
+                )
+            return _to_rgb(image, name)
     except ImageError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name}: exceeds Pillow's limit of pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
     except OSError as error:
@@ -63,8 +62,16 @@ def read_image(
     except Exception as error:
         # Pillow's readers let all kinds escape on damaged files: SyntaxError, ValueError, struct.error, ...
         raise ImageError(f"{name}: damaged image ({one_line(error)})") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillows_limit
+
+
+def take_over_pillow() -> None:
+    """For the process of a command, before its first image: lifts Pillow's own limit, and silences its warnings.
+
+    Both are the whole process's, and a program that uses clric as a library has its own ideas of them: `read_image`
+    leaves them alone. Commands have max_pixels instead, and Pillow's warnings are about metadata that is dropped.
+    """
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def check_image_output(path: str | os.PathLike[str]) -> None:
@@ -131,18 +138,29 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
     """The image in sRGB by its embedded profile, and a warning where that cannot be."""
-    if image.mode not in ("RGB", "RGBA", "CMYK", "L"):
-        image = image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return image, None  # most files say so, and are left exactly as they are
-        converted = ImageCms.profileToProfile(
-            image.convert("RGB") if image.mode == "RGBA" else image,
-            source,
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGB",
-        )
+        if image.mode not in ("RGB", "CMYK", "L") or (image.mode == "L" and source.profile.xcolor_space == "RGB "):
+            image = image.convert("RGB")
+        if image.mode == "RGB" and _is_srgb(source):
+            return image, None  # most files are, and are left exactly as they are
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         return image, f"the embedded colour profile is not applied ({one_line(error)})"
     return converted if converted is not None else image, None
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """Whether a profile leaves colours in sRGB as they are, within rounding. Names say little: "linear sRGB" is none.
+
+    Colorimetric, since the perceptual tables of some profiles of sRGB change its contrast.
+    """
+    samples = np.array(list(itertools.product((0, 16, 64, 128, 192, 255), repeat=3)), np.uint8)
+    shown = ImageCms.profileToProfile(
+        Image.fromarray(samples[None]),
+        profile,
+        ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+    )
+    return bool(np.abs(np.asarray(shown)[0].astype(int) - samples).max() <= 1)

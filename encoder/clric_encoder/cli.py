@@ -134,6 +134,10 @@ def command(
                 NAME, f"left as they are: {len(jobs) - len(stale)}, newer than their images; --force encodes all"
             )
         jobs = stale
+    if jobs:
+        from clric_decoder.image import take_over_pillow
+
+        take_over_pillow()
     with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
         batches = _Batches(rate, vae, preset, tune, lpips, device, seed, models, json, quiet, view)
         try:

@@ -18,7 +18,11 @@ from clric_decoder.models import LATENT_SPACES
 from clric_decoder.networks import Parameters
 from clric_decoder.synthesis import synthesize
 
-MAX_LATENT = 1e4  # real ones have a deviation near 1
+# Published latents have a standard deviation near 1 and stay within +-5. Grids hold integers of up to 32,767, and a
+# principal component of a latent within +-50 is at most 27,200 at the finest step that training starts with
+# (`training.rate_control.principal_step` of lambdas of 1e-4 and less). Latents of +-400 are clipped there, and larger
+# ones make training diverge at other lambdas too.
+MAX_LATENT = 50.0
 CUSTOM_SPACE = re.compile(r"custom-[0-9a-f]{16}")
 
 
@@ -62,8 +66,14 @@ def check_latent(latent: np.ndarray, width: int, height: int, space: str) -> Non
             f"the latent is {latent.shape} {latent.dtype}; for {width} x {height} pixels in the space {space} "
             f"it must be {expected} float32"
         )
-    if not (np.abs(latent) <= MAX_LATENT).all():
-        raise ClricError(f"the latent has values beyond +-{MAX_LATENT:g}; the autoencoder's weights do not suit it")
+    largest = float(np.abs(latent).max(initial=0))
+    if not np.isfinite(largest):
+        raise ClricError("the latent has values that are not finite; the autoencoder's weights do not suit it")
+    if largest > MAX_LATENT:
+        raise ClricError(
+            f"the latent has values of up to +-{largest:.4g}, the limit is +-{MAX_LATENT:g}; "
+            "scale its space to a standard deviation near 1"
+        )
 
 
 def write_stream(

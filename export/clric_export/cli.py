@@ -303,6 +303,9 @@ def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> i
     """
 
     def work(_: str) -> None:
+        from clric_decoder.image import take_over_pillow
+
+        take_over_pillow()
         try:
             files = run(lambda line: click.echo(line, err=True))
         except OSError as error:

@@ -2,13 +2,14 @@
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clric_decoder.errors import ClricError, ImageError
-from clric_decoder.image import read_image, write_image
+from clric_decoder.image import read_image, take_over_pillow, write_image
 from PIL import Image, ImageCms
 
 
@@ -149,16 +150,43 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     assert notes == [f"{tmp_path / 'moving.gif'}: has several frames; only the first is taken"]
 
 
-def test_srgb_profile_changes_nothing_and_another_is_applied(tmp_path: Path) -> None:
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(gradient()).save(tmp_path / "srgb.png", icc_profile=srgb)
-    np.testing.assert_array_equal(read_image(tmp_path / "srgb.png")[0], gradient())
-    # sRGB's own profile with the columns of red and green exchanged: a colour space in which red is green.
-    exchanged = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
-    exchanged = exchanged.replace("sRGB".encode("utf-16-be"), "abcd".encode("utf-16-be"))
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def renamed(profile: bytes) -> bytes:
+    assert "sRGB".encode("utf-16-be") in profile
+    return profile.replace("sRGB".encode("utf-16-be"), "abcd".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("profile", [SRGB, renamed(SRGB)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_srgb_profile_changes_nothing_whatever_its_name(tmp_path: Path, profile: bytes, mode: str) -> None:
+    image = Image.fromarray(gradient()).convert(mode)
+    image.save(tmp_path / "srgb.png", icc_profile=profile)
+    np.testing.assert_array_equal(read_image(tmp_path / "srgb.png")[0], np.asarray(image.convert("RGB")))
+
+
+def test_another_profile_is_applied(tmp_path: Path) -> None:
+    """sRGB's own with the columns of red and green exchanged: a colour space in which red is green."""
+    exchanged = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
     Image.new("RGB", (4, 4), "red").save(tmp_path / "other.png", icc_profile=exchanged)
     image, notes = read_image(tmp_path / "other.png")
     assert image[0, 0, 1] > 250 > 5 > image[0, 0, 0]
+    assert notes == []
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_linear_profile_is_applied_though_its_name_says_srgb(tmp_path: Path, mode: str) -> None:
+    curve = SRGB.index(b"para")
+    # ICC.1, parametricCurveType: function 0 is a power, and this one's exponent is 1.
+    linear = SRGB.replace(SRGB[curve : curve + 16], b"para\0\0\0\0\0\0\0\0\0\1\0\0")
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(linear)))
+    grey = np.arange(256, dtype=np.uint8)[None]
+    Image.fromarray(grey).convert(mode).save(tmp_path / "linear.png", icc_profile=linear)
+    image, notes = read_image(tmp_path / "linear.png")
+    light = grey[0] / 255
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.abs(image[0] - 255 * encoded[:, None]).max() <= 1
     assert notes == []
 
 
@@ -205,12 +233,31 @@ def test_bad_files_are_one_line_that_names_the_file(tmp_path: Path) -> None:
         assert "\n" not in message
 
 
-def test_only_our_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow refuses images of more than 2 * 89478485 pixels by default."""
+def test_what_is_pillows_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit and Python's filters of warnings are the whole process's: other threads see them too."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    write_image(tmp_path / "image.png", gradient())
+    seen = []
+
+    class Watched(io.BytesIO):
+        def read(self, *arguments: int) -> bytes:
+            seen.append((Image.MAX_IMAGE_PIXELS, list(warnings.filters)))
+            return super().read(*arguments)
+
+    before = list(warnings.filters)
+    read_image(Watched((tmp_path / "image.png").read_bytes()))
+    assert seen
+    assert all(now == (1000, before) for now in seen)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    with pytest.raises(ImageError, match=r"image\.png: exceeds Pillow's limit .* raise PIL\.Image\.MAX_IMAGE_PIXELS"):
+        read_image(tmp_path / "image.png")
+
+
+def test_in_a_command_only_our_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
     write_image(tmp_path / "image.png", gradient())
+    take_over_pillow()
     np.testing.assert_array_equal(read_image(tmp_path / "image.png")[0], gradient())
-    assert Image.MAX_IMAGE_PIXELS == 9
 
 
 def test_limit_of_pixels(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,7 +155,13 @@ def bad_images(folder: Path) -> dict[str, str]:
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "folder.png").mkdir()
     Image.new("1", (70000, 1)).save(folder / "wide.png")
+    # Pillow by itself warns of the first, and refuses the second.
+    for name, width in (("large.png", 10_000), ("larger.png", 20_000)):
+        header = b"IHDR" + struct.pack(">IIBBBBB", width, 10_000, 1, 0, 0, 0, 0)
+        (folder / name).write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT")
     return {
+        "large.png": "truncated",
+        "larger.png": "truncated",
         "cut.png": "truncated",
         "text.png": "not an image",
         "empty.jpg": "not an image",

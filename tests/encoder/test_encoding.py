@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from clric_decoder import ClricError, decode_latent, read_header
+from clric_decoder import ClricError, StreamError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode, encode_latent
@@ -21,9 +24,11 @@ from clric_encoder.model.function import Packing
 from clric_encoder.model.grid_layout import GridLayout
 from clric_encoder.network_quantization import quantize_networks
 from clric_encoder.rate import Rate, quality_to_lambda
+from clric_encoder.stream import MAX_LATENT
 from clric_encoder.training import process_pool
 from clric_encoder.training.optimizers import Adam
 from clric_encoder.training.presets import PRESETS
+from clric_encoder.training.rate_control import principal_step
 
 CPU = torch.device("cpu")
 
@@ -153,6 +158,35 @@ def test_processes_share_a_batch(rate) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_trainings_in_threads_change_nothing_for_other_threads() -> None:
+    """Two overlap; torch's number of threads is looked at from a new thread, and the bytes are those of one alone."""
+    latents, streams, seen = [smooth_latent(4, 8, 10, seed) for seed in range(2)], {}, []
+    together = threading.Barrier(2)
+
+    def new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    def train(number: int) -> None:
+        def look(progress) -> None:
+            if progress.iteration < 30:
+                together.wait(timeout=60)
+                seen.append(new_thread())
+
+        streams[number] = coded(latents[number], progress=look)
+        seen.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) > 4
+    assert {*seen, new_thread()} == {2}
+    assert [streams[number] for number in range(2)] == [coded(latent) for latent in latents]
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
 def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
     """The other part would go on for a long time. Ctrl-C comes in the first, too little memory in the second."""
@@ -196,11 +230,41 @@ def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
 
 
+class LibraryError(Exception):
+    """As many libraries have them: its arguments are not those that it is made of."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+
+
+@pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (StreamError("limit", "the stream is too long"), StreamError),
+        (LibraryError(7, "the stream is too long"), RuntimeError),
+        (ClricError("the stream is too long", lambda: None), RuntimeError),
+    ],
+)
+def test_an_error_in_a_part_keeps_its_text(error, expected) -> None:
+    def train(part, check):
+        if part:
+            raise error
+        while True:
+            time.sleep(0.01)
+            check()
+
+    with pytest.raises(expected, match="the stream is too long") as caught:
+        process_pool.run(train, 2)
+    assert getattr(caught.value, "kind", None) == getattr(error, "kind", None)
+
+
 @pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
 def test_no_part_outlives_a_killed_command() -> None:
     """Its output ends when the last process has."""
     script = """
 import time
+from clric_encoder.stream import MAX_LATENT
 from clric_encoder.training import process_pool
 def train(part, check):
     print(part, flush=True)
@@ -271,6 +335,24 @@ def test_extremes_of_lambda(lmbda) -> None:
         assert error(data, latent) < 0.1 * latent.var()
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("outlier", [False, True])
+def test_the_largest_latents_are_coded_as_closely_as_others(channels, outlier) -> None:
+    """One value at the limit, or all values scaled up to it: the error is that of the step of lambda, squared / 12."""
+    latent = smooth_latent(channels, 12, 16)
+    if outlier:
+        latent[0, 5, 7] = MAX_LATENT
+    else:
+        latent = (latent / np.abs(latent).max() * MAX_LATENT).astype(np.float32)
+    space = {4: "sd1", 16: "flux1"}[channels]
+    for quality in (50, 100):
+        lmbda = quality_to_lambda(quality)
+        step = principal_step(lmbda, latent.size, 64 * latent[0].size)
+        assert error(coded(latent, lmbda, space=space, preset="fast"), latent) < 3 * step**2 / 12
+    decoded = decode_latent(coded(latent, 1e-6, space=space, preset="fast"))
+    assert np.abs(decoded - latent).max() < 0.02 * MAX_LATENT
+
+
 def test_custom_space() -> None:
     latent = smooth_latent(7, 8, 10)
     assert read_header(coded(latent, space="custom-00112233445566ff")).space == "custom-00112233445566ff"
@@ -288,8 +370,9 @@ def test_flat_latent_costs_almost_nothing() -> None:
         ({"lmbda": 0.0}, "lambda is 0"),
         ({"lmbda": float("nan")}, "lambda is nan"),
         ({"lmbda": 1e-9}, "within 1e-06 to 1e"),
-        ({"latent": np.full((4, 2, 2), np.inf, np.float32)}, "beyond"),
-        ({"latent": np.full((4, 2, 2), np.nan, np.float32)}, "beyond"),
+        ({"latent": np.full((4, 2, 2), np.inf, np.float32)}, "not finite"),
+        ({"latent": np.full((4, 2, 2), np.nan, np.float32)}, "not finite"),
+        ({"latent": np.full((4, 2, 2), -50.5, np.float32)}, r"up to \+-50.5, the limit is \+-50; scale its space"),
         ({"latent": np.zeros((4, 2, 2))}, "float64"),
         ({"latent": np.zeros((16, 2, 2), np.float32)}, r"must be \(4, 2, 2\)"),
         ({"space": "sd9"}, "'sd9' is not known"),

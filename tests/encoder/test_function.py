@@ -15,6 +15,7 @@ from clric_encoder.model.backends import kernels, torch_operations
 from clric_encoder.model.function import Packing, Synthesis, grid_bits
 from clric_encoder.model.grid_layout import GridLayout
 from clric_encoder.network_quantization import as_networks
+from clric_encoder.torch_threads import torch_threads
 from conformance import make_vectors
 
 from encoder import plain_function
@@ -141,7 +142,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch) -> None:
     networks = packing.split(packing.defaults + 0.1 * torch.randn(3, len(packing.defaults)))
     results = []
     for threads in (1, 2, 5):
-        with kernels.without_torch_threads(), kernels.own_threads(threads):
+        with torch_threads(1), kernels.own_threads(threads):
             grad_packed, grad_vectors = torch.zeros_like(packed), torch.zeros(3, len(packing.defaults))
             grad_networks, targets = packing.split(grad_vectors), torch.zeros(3, 4, 96, 128)
             counted = grid_bits(packed, networks, architecture, layout, torch.ones(3))

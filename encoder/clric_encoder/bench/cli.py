@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 from clric_decoder.errors import ClricError, one_line
+from clric_decoder.image import take_over_pillow
 from clric_decoder.terminal import print_error, run_command
 
 from ..instant import INSTANT
@@ -94,6 +95,7 @@ def run_bench(
             raise click.UsageError(str(error)) from None
 
     def work() -> bool:
+        take_over_pillow()
         found = list_images(images)
         with _libraries():
             codecs = make_codecs(names or CODECS, vaes, presets, lambdas, str(models) if models else None, tunes)

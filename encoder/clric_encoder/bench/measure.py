@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from clric_decoder import ClricError, decode_latent, read_header
 from clric_decoder.files import write_output
-from clric_decoder.image import read_image, write_image
+from clric_decoder.image import read_image, take_over_pillow, write_image
 from clric_decoder.networks import mac_per_pixel
 from PIL import Image
 
@@ -117,6 +117,7 @@ def read_photo(path: Path, name: str) -> tuple[Photo, list[str]]:
 
 def measure(task: Task) -> Row:
     """The row of a task. Raises whatever the codec raises."""
+    take_over_pillow()  # a worker's process is the command's, and is started by "spawn"
     image = _image(task.photo.path)
     encode_mb = decode_mb = None
     if task.alone:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_threads import torch_threads
 from .features import Features, PerceptualDistance
 
 # Weights of the parts of the image's loss, for RGB in [0, 1].
@@ -137,9 +138,7 @@ class ImageDistortion:
 
     def look(self, latents: Tensor, owners: Sequence[int]) -> None:
         """Decodes the latents, and moves the targets against the gradients of the images' losses; sets `losses`."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)  # the training loop keeps torch to one
-        try:
+        with torch_threads(self._threads):  # the training loop keeps torch to one
             for latent, owner in zip(latents, owners, strict=True):
                 gradient, loss = torch.zeros_like(latent), 0.0
                 for tile in self._tiles[owner]:
@@ -150,8 +149,6 @@ class ImageDistortion:
                     loss += value.item()
                 self.losses[owner] = loss
                 self.targets[owner] = latent - gradient * (latent.numel() / (2 * CURVATURE))
-        finally:
-            torch.set_num_threads(before)
         self._looks += 1
 
     def seconds(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -75,10 +76,19 @@ def _train(train: Callable[[int, Callable[[], None]], list[Any]], part: int, sen
     try:
         message: Any = train(part, check)
     except BaseException as error:
-        message = error
+        message = _picklable(error)
     check()
     sender.send(message)
     os._exit(0)  # nothing of what the first process would clean up is this one's
+
+
+def _picklable(error: BaseException) -> BaseException:
+    """The error, or a RuntimeError with its text where another process could not read it: libraries' own often fail."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the error's own code raises
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ from clric_decoder.bitstream import Architecture
 from clric_decoder.context import MAX_CONTEXT
 from clric_decoder.networks import arm_sizes
 
+from ...torch_threads import torch_threads
 from ..grid_layout import GridLayout
 from . import (
     LARGEST_ACTIVATION,
@@ -115,5 +116,5 @@ def threads(count: int | None = None) -> Iterator[None]:
 
     Between torch's operations its threads wait in a busy loop; and tensors of this size are too small for them.
     """
-    with kernels.own_threads(torch.get_num_threads() if count is None else count), kernels.without_torch_threads():
+    with kernels.own_threads(torch.get_num_threads() if count is None else count), torch_threads(1):
         yield

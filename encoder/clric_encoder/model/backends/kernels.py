@@ -271,20 +271,6 @@ _threads = threading.local()
 
 
 @contextlib.contextmanager
-def without_torch_threads() -> Iterator[None]:
-    """Keeps torch to one thread while it lasts.
-
-    Between torch's operations its threads wait in a busy loop; and tensors of this size are too small for them.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-
-
-@contextlib.contextmanager
 def own_threads(count: int) -> Iterator[None]:
     """Gives so many threads to the loops that are called from this one while it lasts."""
     _threads.count, _threads.begun = count, []
