@@ -5,12 +5,13 @@ Colours are taken as sRGB: an embedded profile of another colour space is applie
 
 import io
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from .bitstream import MAX_PIXELS
 from .errors import ImageError, one_line
@@ -28,6 +29,10 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".ppm": {},
 }
 
+# Pillow's limit of pixels and Python's filter of warnings belong to the whole process. Two threads that changed them at
+# once would restore each other's values, so files are read one at a time.
+_process_wide = threading.Lock()
+
 
 def read_image(
     source: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS
@@ -41,30 +46,43 @@ def read_image(
     """
     path = source if isinstance(source, str | os.PathLike) else None
     name = os.fspath(path) if path is not None else str(getattr(source, "name", "-"))
-    pillows_limit = Image.MAX_IMAGE_PIXELS
+    with _process_wide:
+        pillows_limit = Image.MAX_IMAGE_PIXELS
+        try:
+            with warnings.catch_warnings():
+                # Our own limit stands for Pillow's, and warnings are about metadata that we drop.
+                warnings.simplefilter("ignore")
+                Image.MAX_IMAGE_PIXELS = None
+                with Image.open(source) as image:
+                    pixels, notes = _to_rgb(image, name, max_pixels)
+                    if getattr(image, "is_animated", False):
+                        notes.insert(0, f"{name}: has several frames; only the first is taken")
+                    return pixels, notes
+        except ImageError:
+            raise
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+        except OSError as error:
+            raise ImageError(f"{name}: {error.strerror or one_line(error)}") from error
+        except Exception as error:
+            # Pillow's readers let all kinds escape on damaged files: SyntaxError, ValueError, struct.error, ...
+            raise ImageError(f"{name}: damaged image ({one_line(error)})") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows_limit
+
+
+def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, list[str]]:
+    """A Pillow image, which stays as it is, as what `read_image` makes of a file; of several frames the current one.
+
+    Raises ImageError for one that cannot be loaded or has no RGB form, and for more than ``max_pixels`` pixels.
+    """
+    name = os.fsdecode(getattr(image, "filename", "") or "the image")
     try:
-        with warnings.catch_warnings():
-            # Our own limit stands for Pillow's, and warnings are about metadata that we drop.
-            warnings.simplefilter("ignore")
-            Image.MAX_IMAGE_PIXELS = None
-            with Image.open(source) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(
-                        f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; "
-                        "make it smaller"
-                    )
-                return _to_rgb(image, name)
+        return _to_rgb(image, name, max_pixels)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
-    except OSError as error:
-        raise ImageError(f"{name}: {error.strerror or one_line(error)}") from error
-    except Exception as error:
-        # Pillow's readers let all kinds escape on damaged files: SyntaxError, ValueError, struct.error, ...
-        raise ImageError(f"{name}: damaged image ({one_line(error)})") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillows_limit
+    except Exception as error:  # of a damaged file, as in `read_image`, or of a mode that Pillow does not convert
+        raise ImageError(f"{name}: cannot be read as RGB ({one_line(error)})") from error
 
 
 def check_image_output(path: str | os.PathLike[str]) -> None:
@@ -97,14 +115,17 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     return suffix
 
 
-def _to_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, list[str]]:
-    """The first frame of an opened image as (H x W x 3 uint8, warnings)."""
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> tuple[np.ndarray, list[str]]:
+    """The current frame of an opened image as (H x W x 3 uint8, warnings)."""
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; make it smaller"
+        )
     notes = []
-    if getattr(image, "is_animated", False):
-        notes.append(f"{name}: has several frames; only the first is taken")
     profile = image.info.get("icc_profile")
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the copy that is made where it is 1
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image, name)
     if image.has_transparency_data:

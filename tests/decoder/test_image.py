@@ -2,7 +2,9 @@
 
 import io
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +219,30 @@ def test_limit_of_pixels(tmp_path: Path) -> None:
     write_image(tmp_path / "image.png", gradient())
     with pytest.raises(ImageError, match="20 x 12 exceeds the limit of 100 pixels"):
         read_image(tmp_path / "image.png", max_pixels=100)
+
+
+def test_threads_leave_pillows_limit_as_it_was(tmp_path: Path) -> None:
+    """The first reader ends while the second one still reads."""
+    write_image(tmp_path / "image.png", gradient())
+    data, limit = (tmp_path / "image.png").read_bytes(), Image.MAX_IMAGE_PIXELS
+    second_reads, first_ended = threading.Event(), threading.Event()
+
+    class Slow(io.BytesIO):
+        """Waits for the other reader, unless that one is not let in."""
+
+        def __init__(self, begins: threading.Event | None, awaited: threading.Event) -> None:
+            super().__init__(data)
+            self._begins, self._awaited = begins, awaited
+
+        def read(self, count: int | None = -1) -> bytes:
+            if self._begins is not None:
+                self._begins.set()
+            self._awaited.wait(0.2)
+            return super().read(count)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read_image, Slow(None, second_reads))
+        first.add_done_callback(lambda _: first_ended.set())
+        second = pool.submit(read_image, Slow(second_reads, first_ended))
+        first.result(), second.result()
+    assert limit == Image.MAX_IMAGE_PIXELS
