@@ -13,16 +13,13 @@ import click
 
 from .bitstream import MAX_PIXELS, MAX_SIDE
 from .errors import ClricError
-from .files import STANDARD, check_output, read_input, write_output
+from .files import STANDARD, check_output, read_input, stream_limit, write_output
 from .terminal import choose_outputs, for_each, run_command
 
 if TYPE_CHECKING:
     from .bitstream import Header
 
 NAME = "clric-dec"
-
-# Longer than any stream of so many pixels can sensibly be; refused before it fills the memory.
-MIN_STREAM_LIMIT = 1 << 20
 
 
 @click.command()
@@ -58,7 +55,7 @@ def command(
     """
 
     def read(source: str) -> bytes:
-        return read_input(source, max(max_pixels, MIN_STREAM_LIMIT))
+        return read_input(source, stream_limit(max_pixels))
 
     if info or json:
         if output is not None or latent is not None:

@@ -20,6 +20,7 @@ from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, print_error, run_command
 
 from .instant import INSTANT
+from .libraries import libraries
 from .rate import Rate, choose_rate
 from .stream import check_image, check_latent
 from .training.presets import PRESETS
@@ -204,11 +205,11 @@ class _Batches:
             if self.preset == INSTANT:
                 self._encode_instantly(source, place, image)
                 return
-            with _libraries():
+            with libraries():
                 from . import encoding
                 from .autoencoder import load_encoder
             self.view.start(source)
-            with _torch(), _libraries():
+            with _torch(), libraries():
                 height, width = check_image(image)
                 device = encoding.find_device(self.device)
                 if self._encoder is None:
@@ -307,19 +308,6 @@ class _Batches:
 
 
 @contextlib.contextmanager
-def _libraries() -> Iterator[None]:
-    """Around imports: ClricError where what the encoder depends on is missing or broken."""
-    # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise _not_installed(error) from error
-    except (ImportError, OSError) as error:  # a library of torch's that is missing, or of another machine
-        raise ClricError(f"the encoder's libraries cannot be loaded ({one_line(error)}); install them again") from error
-
-
-@contextlib.contextmanager
 def _torch() -> Iterator[None]:
     """Around computation: ClricError for torch's errors, of a device or of memory, and for a full disk."""
     try:
@@ -337,10 +325,6 @@ def _torch_failed(error: RuntimeError) -> ClricError:
     if "out of memory" in reason or "can't allocate memory" in reason or "not enough memory" in reason:
         return ClricError("not enough memory; make the image smaller, or try another --device or --vae")
     return ClricError(f"torch failed ({reason[:300]})")
-
-
-def _not_installed(error: ModuleNotFoundError) -> ClricError:
-    return ClricError(f"{error.name} is not installed; run: pip install 'clric[encoder]'")
 
 
 def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
