@@ -24,7 +24,7 @@ def main() -> None:
     """Encodes, decodes, and puts the crops side by side."""
     rows = []
     for name, (left, top) in CROPS.items():
-        original, _ = read_image(ROOT.parent / f"shared/data/kodak/{name}.png")
+        original = read_image(ROOT.parent / f"shared/data/kodak/{name}.png").pixels
         files = [encode(original, lmbda=LAMBDA, tune=tune) for tune in ("none", "auto")]
         avif = avif_of_size(original, len(files[1]))
         pictures = {"original": original}
@@ -33,7 +33,7 @@ def main() -> None:
         place = ROOT / "demo-out" / f"{name}.avif"
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(avif)
-        pictures[f"AVIF, {len(avif):,} bytes"], _ = read_image(place)
+        pictures[f"AVIF, {len(avif):,} bytes"] = read_image(place).pixels
         panels = []
         for label, picture in pictures.items():
             crop = Image.fromarray(picture[top : top + SIDE, left : left + SIDE])

@@ -25,7 +25,7 @@ def main() -> None:
     """Encodes, decodes, compares, and says where the results are."""
     OUT.mkdir(exist_ok=True)
     photo = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
-    original, _ = read_image(photo)
+    original = read_image(photo).pixels
     height, width = original.shape[:2]
     print(f"{photo.name}, {width} x {height}; as PNG {len(as_file(original, 'png')):,} bytes\n")
 
@@ -43,7 +43,7 @@ def main() -> None:
         top.append((image, caption("clric", data, original, image)))
         if features.check("avif"):
             avif = avif_of_size(original, len(data))
-            image, _ = read_image(io.BytesIO(avif))
+            image = read_image(io.BytesIO(avif)).pixels
             bottom.append((image, caption("AVIF", avif, original, image)))
         else:
             print("  no AVIF beside it: the installed Pillow has none (11.3 and later do)")

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import venv
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,20 +16,27 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
-    "clric_decoder": ROOT / "decoder",
-    "clric_encoder": ROOT / "encoder",
-    "clric_export": ROOT / "export",
+    "clric": ROOT / "decoder/clric",
+    "clric_decoder": ROOT / "decoder/clric_decoder",
+    "clric_encoder": ROOT / "encoder/clric_encoder",
+    "clric_export": ROOT / "export/clric_export",
 }
 
 # What each package must not import, at the top of a file or anywhere in it.
+SERVER = {"torch", "torchvision", "diffusers", "onnx", "scipy"}
 FORBIDDEN = {
-    "clric_decoder": {"torch", "torchvision", "diffusers", "onnx", "scipy", "clric_encoder", "clric_export"},
-    "clric_encoder": {"clric_export"},
-    "clric_export": set(),
+    "clric": SERVER | {"clric_export"},
+    "clric_decoder": SERVER | {"clric", "clric_encoder", "clric_export"},
+    "clric_encoder": {"clric", "clric_export"},
+    "clric_export": {"clric"},
 }
 
 # What a client has: the base dependencies, and onnxruntime (extras cpu and gpu) inside a function.
 CLIENT = {"numpy", "PIL", "click", "platformdirs", "constriction", "onnxruntime"}
+
+# What is imported where it is used, and not with the file. The face is one package for clients and servers, so
+# `clric.encode` calls the encoder; a client that never encodes must not pay for it, nor need it.
+LAZY = {"onnxruntime", "clric_encoder"}
 
 
 def imports(package: str) -> Iterator[tuple[str, str, bool]]:
@@ -53,31 +61,51 @@ def test_arrows_run_one_way(package: str) -> None:
     assert [(where, module) for where, module, _ in imports(package) if module in FORBIDDEN[package]] == []
 
 
-def test_decoder_imports_what_a_client_has() -> None:
-    for where, module, at_once in imports("clric_decoder"):
-        assert module in CLIENT | {"clric_decoder"} | set(sys.stdlib_module_names), where
-        assert not (at_once and module == "onnxruntime"), f"{where}: onnxruntime is imported where it is used"
+@pytest.mark.parametrize(
+    ("package", "others"), [("clric_decoder", {"clric_decoder"}), ("clric", {"clric_decoder", "clric_encoder"})]
+)
+def test_clients_packages_import_what_a_client_has(package: str, others: set[str]) -> None:
+    for where, module, at_once in imports(package):
+        assert module in CLIENT | others | set(sys.stdlib_module_names), where
+        assert not (at_once and module in LAZY), f"{where}: {module} is imported where it is used"
 
 
-def test_importing_the_decoder_is_light() -> None:
-    code = "import sys, clric_decoder; print(*sys.modules)"
+@pytest.mark.parametrize("package", ["clric", "clric_decoder"])
+def test_importing_what_a_client_has_is_light(package: str) -> None:
+    code = f"import sys, {package}; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "diffusers", "onnx", "onnxruntime", "PIL", "clric_encoder", "clric_export"}
+    heavy = {"torch", "diffusers", "onnx", "onnxruntime", "click", "PIL", "clric_encoder", "clric_export"}
     assert heavy & set(result.stdout.split()) == set()
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of programs of an empty virtual environment with the built wheel and what it requires."""
-    folder = tmp_path_factory.mktemp("client")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
         check=True,
         capture_output=True,
     )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_has_all_packages_with_their_types(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for package, folder in PACKAGES.items():
+        files = {file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+        assert {f"{package}/{file.relative_to(folder).as_posix()}" for file in files} <= names
+        assert f"{package}/py.typed" in names
+
+
+@pytest.fixture(scope="module")
+def client(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of programs of an empty virtual environment with the built wheel and what it requires."""
+    folder = tmp_path_factory.mktemp("client")
     venv.create(folder / "venv", with_pip=True)
     programs = folder / "venv" / "bin"
-    (wheel,) = folder.glob("*.whl")
     install = subprocess.run(
         [programs / "python", "-m", "pip", "install", "--quiet", wheel],
         check=False,
@@ -125,10 +153,12 @@ def test_base_wheel_is_light_and_whole(client: Path) -> None:
         "pip",
         "setuptools",
     }
-    code = "import clric_decoder, clric_encoder, clric_export, pathlib; print(clric_decoder.__file__)"
+    code = "import clric.pillow, clric_decoder, clric_encoder, clric_export; print(clric_decoder.__file__)"
     result = call(client / "python", "-I", "-c", code)
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(client.parent)
+    code = "import clric, importlib.metadata as m; print(clric.__version__ == m.version('clric'))"
+    assert call(client / "python", "-I", "-c", code).stdout == "True\n"
 
 
 def test_what_the_base_wheel_lacks_is_named(
@@ -144,3 +174,23 @@ def test_what_the_base_wheel_lacks_is_named(
         assert result.returncode == 1
         assert f"pip install '{extra}'" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_what_the_base_wheel_lacks_is_named_in_python(
+    client: Path, tmp_path: Path, make_stream: Callable[..., bytes]
+) -> None:
+    stream, photo = tmp_path / "photo.clric", tmp_path / "photo.png"
+    stream.write_bytes(make_stream(space="clric"))
+    Image.new("RGB", (8, 8)).save(photo)
+    for code, error, extra in (
+        (f"clric.decode({str(stream)!r})", "ModelError", "clric[cpu]"),
+        (f"Image.open({str(stream)!r}).load()", "OSError", "clric[cpu]"),
+        (f"clric.encode({str(photo)!r}, preset='instant')", "ClricError", "clric[cpu]"),
+        (f"clric.encode({str(photo)!r})", "ClricError", "clric[encoder]"),
+        (f"Image.open({str(photo)!r}).save({str(tmp_path / 'new.clric')!r})", "OSError", "clric[encoder]"),
+    ):
+        result = call(client / "python", "-I", "-c", f"import clric, clric.pillow; from PIL import Image; {code}")
+        message = result.stderr.splitlines()[-1]
+        assert message.split(": ")[0].endswith(error)
+        assert f"pip install '{extra}'" in message
+    assert not (tmp_path / "new.clric").exists()

@@ -13,7 +13,7 @@ import click
 
 from .bitstream import MAX_PIXELS, MAX_SIDE
 from .errors import ClricError
-from .files import STANDARD, check_output, read_input, write_output
+from .files import STANDARD, check_output, read_input, stream_limit, write_output
 from .models import IMAGE_DECODERS, image_decoder_number
 from .terminal import choose_outputs, for_each, print_error, run_command
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from .bitstream import Header
 
 NAME = "clric-dec"
-
-# Longer than any stream of so many pixels can sensibly be; refused before it fills the memory.
-MIN_STREAM_LIMIT = 1 << 20
 
 
 @click.command()
@@ -59,7 +56,7 @@ def command(
     """
 
     def read(source: str) -> bytes:
-        return read_input(source, max(max_pixels, MIN_STREAM_LIMIT))
+        return read_input(source, stream_limit(max_pixels))
 
     if info or json:
         if output is not None or latent is not None:
@@ -118,7 +115,8 @@ def command(
             from .autoencoder import decode_image
             from .image import write_image
 
-            write_image(image_place, decode_image(decoder, latent_values, header.width, header.height))
+            pixels = decode_image(decoder, latent_values, header.width, header.height)
+            write_image(image_place, pixels, header.metadata)
 
     return for_each(NAME, zip(inputs, images, latents, strict=True), convert)
 

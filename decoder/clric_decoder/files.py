@@ -9,29 +9,49 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import ClricError
 
 STANDARD = "-"
 
+# Longer than any stream of so many pixels can sensibly be; refused before it fills the memory.
+MIN_STREAM_LIMIT = 1 << 20
+
+
+def stream_limit(max_pixels: int) -> int:
+    """The most bytes that a stream of up to ``max_pixels`` pixels is read for."""
+    return max(max_pixels, MIN_STREAM_LIMIT)
+
 
 def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
-    """All bytes of a file, or of standard input for ``-``.
+    """All bytes of a file, or of standard input for ``-``. Raises ClricError as `read_file` does."""
+    if os.fspath(path) != STANDARD:
+        return read_file(path, limit)
+    if sys.stdin is None:
+        raise ClricError("-: standard input is closed")
+    return _read_all(sys.stdin.buffer, STANDARD, limit)
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All bytes of a file.
 
     Raises ClricError, starting with the path, for what cannot be read or is longer than ``limit`` bytes.
     """
     try:
-        if os.fspath(path) == STANDARD:
-            if sys.stdin is None:
-                raise ClricError("-: standard input is closed")
-            data = sys.stdin.buffer.read(limit + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(limit + 1)
+        with open(path, "rb") as file:
+            return _read_all(file, os.fspath(path), limit)
     except OSError as error:
         raise ClricError(f"{os.fspath(path)}: {error.strerror}") from error
+
+
+def _read_all(file: BinaryIO, name: str, limit: int) -> bytes:
+    try:
+        data = file.read(limit + 1)
+    except OSError as error:
+        raise ClricError(f"{name}: {error.strerror}") from error
     if len(data) > limit:
-        raise ClricError(f"{os.fspath(path)}: longer than the limit of {limit} bytes")
+        raise ClricError(f"{name}: longer than the limit of {limit} bytes")
     return data
 
 

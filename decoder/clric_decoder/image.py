@@ -1,6 +1,6 @@
 """RGB images from and to files: whatever Pillow reads comes in as H x W x 3 uint8, and goes out by suffix.
 
-Colours are taken as sRGB: an embedded profile of another colour space is applied on reading.
+Colours are sRGB unless a profile is kept: else one of another colour space is applied on reading.
 """
 
 import io
@@ -8,12 +8,12 @@ import itertools
 import os
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from .bitstream import MAX_PIXELS
+from .bitstream import Metadata
 from .errors import ImageError, one_line
 from .files import STANDARD, check_output, write_output
 
@@ -29,26 +29,41 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".ppm": {},
 }
 
+# What stands before EXIF in a JPEG file, but not in a stream; and the tag of XMP in a TIFF file.
+EXIF_PREFIX, _TIFF_XMP = b"Exif\0\0", 700
+
+# The most pixels of an image to encode, unless the caller says otherwise.
+MAX_SOURCE_PIXELS = 1 << 28
+
+
+class Picture(NamedTuple):
+    """An image: pixels H x W x 3 uint8 RGB, sRGB unless the metadata has a profile; and warnings for the user."""
+
+    pixels: np.ndarray
+    notes: list[str]
+    metadata: Metadata
+
 
 def read_image(
-    source: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS
-) -> tuple[np.ndarray, list[str]]:
-    """An image file, or a seekable stream of one, as (H x W x 3 uint8 sRGB array, warnings for the user).
+    source: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_SOURCE_PIXELS, strip: bool = True
+) -> Picture:
+    """An image file, or a seekable stream of one.
 
     The orientation of EXIF is applied. Grey, palette and CMYK become RGB, 16 bits are scaled to 8,
     transparency is flattened on white (with a warning), of several frames the first is taken (with a
-    warning). Raises ImageError, one line that starts with the file's name, for a file that is missing,
+    warning). strip: no metadata is kept, and colours are converted to sRGB by the profile; else an RGB profile
+    that is not sRGB's is kept with the pixels as they are, and so are EXIF (without its thumbnail) and XMP.
+    Raises ImageError, one line that starts with the file's name, for a file that is missing,
     damaged, no image, or of more than ``max_pixels`` pixels; the last before any pixel is decoded. Pillow's
     own limit (PIL.Image.MAX_IMAGE_PIXELS) counts too.
     """
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "-"))
     try:
         with Image.open(source) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; make it smaller"
-                )
-            return _to_rgb(image, name)
+            picture = _to_rgb(image, name, max_pixels, strip)
+            if getattr(image, "is_animated", False):
+                picture.notes.insert(0, f"{name}: has several frames; only the first is taken")
+            return picture
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -64,11 +79,25 @@ def read_image(
         raise ImageError(f"{name}: damaged image ({one_line(error)})") from error
 
 
+def to_rgb(image: Image.Image, *, max_pixels: int = MAX_SOURCE_PIXELS, strip: bool = True) -> Picture:
+    """A Pillow image, which stays as it is, as what `read_image` makes of a file; of several frames the current one.
+
+    Raises ImageError for one that cannot be loaded or has no RGB form, and for more than ``max_pixels`` pixels.
+    """
+    name = os.fsdecode(getattr(image, "filename", "") or "the image")
+    try:
+        return _to_rgb(image, name, max_pixels, strip)
+    except ImageError:
+        raise
+    except Exception as error:  # of a damaged file, as in `read_image`, or of a mode that Pillow does not convert
+        raise ImageError(f"{name}: cannot be read as RGB ({one_line(error)})") from error
+
+
 def take_over_pillow() -> None:
     """For the process of a command, before its first image: lifts Pillow's own limit, and silences its warnings.
 
     Both are the whole process's, and a program that uses clric as a library has its own ideas of them: `read_image`
-    leaves them alone. Commands have max_pixels instead, and Pillow's warnings are about metadata that is dropped.
+    leaves them alone. Commands have max_pixels instead, and Pillow's warnings are about metadata.
     """
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -80,19 +109,47 @@ def check_image_output(path: str | os.PathLike[str]) -> None:
     check_output(path)
 
 
-def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+def write_image(path: str | os.PathLike[str], image: np.ndarray, metadata: Metadata | None = None) -> None:
     """Writes an H x W x 3 uint8 array in the format that the suffix names; ``-`` is a PNG to standard output.
 
-    A file appears whole or not at all. Raises ImageError for an unknown suffix or an image that the
-    format cannot hold, ClricError where the file cannot be written.
+    metadata: goes into formats that have a place for it, all but BMP and PPM. A file appears whole or not at all.
+    Raises ImageError for an unknown suffix or an image that the format cannot hold, ClricError where the file cannot
+    be written.
     """
     suffix = _suffix(path)
     encoded = io.BytesIO()
+    options = {**_SAVE_OPTIONS[suffix], **_metadata_options(suffix, metadata or {})}
     try:
-        Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **_SAVE_OPTIONS[suffix])
+        Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **options)
     except (OSError, ValueError) as error:
         raise ImageError(f"{os.fspath(path)}: cannot be made ({one_line(error)})") from error
     write_output(path, encoded.getvalue())
+
+
+def _metadata_options(suffix: str, metadata: Metadata) -> dict[str, Any]:
+    """Pillow's names for metadata in the format of a suffix."""
+    if not metadata or suffix in (".bmp", ".ppm"):
+        return {}
+    options: dict[str, Any] = {}
+    if "icc_profile" in metadata:
+        options["icc_profile"] = metadata["icc_profile"]
+    if "exif" in metadata:
+        options["exif"] = EXIF_PREFIX + metadata["exif"]
+    if "xmp" in metadata and suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", metadata["xmp"].decode(errors="replace"))
+        options["pnginfo"] = text
+    elif "xmp" in metadata and suffix in (".tif", ".tiff"):
+        tags = Image.Exif()
+        if "exif" in options:
+            tags.load(options["exif"])
+        tags[_TIFF_XMP] = metadata["xmp"]
+        options["exif"] = tags
+    elif "xmp" in metadata:
+        options["xmp"] = metadata["xmp"]
+    if suffix in (".tif", ".tiff") and "exif" in options:
+        options["compression"] = None  # libtiff cannot write EXIF's own directory, and Pillow cannot compress
+    return options
 
 
 def _suffix(path: str | os.PathLike[str]) -> str:
@@ -104,14 +161,18 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     return suffix
 
 
-def _to_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, list[str]]:
-    """The first frame of an opened image as (H x W x 3 uint8, warnings)."""
+def _to_rgb(image: Image.Image, name: str, max_pixels: int, strip: bool) -> Picture:
+    """The current frame of an opened image."""
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} exceeds the limit of {max_pixels} pixels; make it smaller"
+        )
     notes = []
-    if getattr(image, "is_animated", False):
-        notes.append(f"{name}: has several frames; only the first is taken")
     profile = image.info.get("icc_profile")
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the copy that is made where it is 1
+        image = ImageOps.exif_transpose(image)
+    metadata = {} if strip else _exif_and_xmp(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image, name)
     if image.has_transparency_data:
@@ -120,9 +181,31 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, list[str]]:
             notes.append(f"{name}: transparency is flattened on white")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if profile:
-        image, note = _to_srgb(image, profile)
+        image, kept, note = _apply_profile(image, profile, strip)
+        if kept:
+            metadata["icc_profile"] = profile
         notes += [f"{name}: {note}"] if note else []
-    return np.asarray(image.convert("RGB")), notes
+    return Picture(np.asarray(image.convert("RGB")), notes, metadata)
+
+
+def upright_exif(exif: Image.Exif | bytes) -> bytes:
+    """EXIF as streams hold it: without prefix, orientation and thumbnail, which can be longer than the stream."""
+    if isinstance(exif, bytes):
+        content, exif = exif, Image.Exif()
+        exif.load(content)
+    exif.pop(ExifTags.Base.Orientation, None)
+    return exif.tobytes().removeprefix(EXIF_PREFIX)
+
+
+def _exif_and_xmp(image: Image.Image) -> Metadata:
+    """Those of an upright image."""
+    metadata: Metadata = {}
+    if image.info.get("exif"):
+        metadata["exif"] = upright_exif(image.getexif())
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    if xmp:
+        metadata["xmp"] = xmp.encode() if isinstance(xmp, str) else xmp
+    return metadata
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
@@ -136,18 +219,20 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
-    """The image in sRGB by its embedded profile, and a warning where that cannot be."""
+def _apply_profile(image: Image.Image, profile: bytes, strip: bool) -> tuple[Image.Image, bool, str | None]:
+    """The image in sRGB by its embedded profile, or as it is if the profile is kept; whether it is; and a warning."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if image.mode not in ("RGB", "CMYK", "L") or (image.mode == "L" and source.profile.xcolor_space == "RGB "):
             image = image.convert("RGB")
         if image.mode == "RGB" and _is_srgb(source):
-            return image, None  # most files are, and are left exactly as they are
+            return image, False, None  # most files are, and are left exactly as they are
+        if image.mode == "RGB" and not strip:
+            return image, True, None
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        return image, f"the embedded colour profile is not applied ({one_line(error)})"
-    return converted if converted is not None else image, None
+        return image, False, f"the embedded colour profile is not applied ({one_line(error)})"
+    return image if converted is None else converted, False, None
 
 
 def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
-from clric_decoder.bitstream import MAX_PIXELS, read_header
+from clric_decoder.bitstream import Metadata, read_header
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import choose_outputs, print_error, run_command
 
 from .instant import INSTANT
+from .libraries import libraries
 from .rate import Rate, choose_rate
 from .stream import check_image, check_latent
 from .training.presets import PRESETS
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 NAME = "clric-enc"
 
 # No image file within the limit of pixels is longer: 4 channels of 16 bits, uncompressed.
-INPUT_LIMIT = 8 * MAX_PIXELS
+INPUT_LIMIT = 8 << 28
 
 # Latents that wait for others of their size to be trained with.
 MAX_WAITING = 256
@@ -89,6 +90,9 @@ class _Bytes(click.ParamType):
 )
 @click.option("--models", metavar="DIR", help="Folder in which to look for weights first.")
 @click.option(
+    "--strip", is_flag=True, help="Leave out EXIF, XMP and colour profile; colours are then converted to sRGB."
+)
+@click.option(
     "-f", "--force", is_flag=True, help="Of several images, encode those too whose streams are newer than they."
 )
 @click.option("--json", is_flag=True, help="Print one line of JSON for each image to standard output.")
@@ -107,6 +111,7 @@ def command(
     device: str,
     seed: int,
     models: str | None,
+    strip: bool,
     force: bool,
     json: bool,
     quiet: bool,
@@ -139,7 +144,7 @@ def command(
 
         take_over_pillow()
     with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
-        batches = _Batches(rate, vae, preset, tune, lpips, device, seed, models, json, quiet, view)
+        batches = _Batches(rate, vae, preset, tune, lpips, device, seed, models, strip, json, quiet, view)
         try:
             for source, place in jobs:
                 batches.add(source, place)
@@ -170,6 +175,7 @@ class _Waiting:
     place: str
     latent: "np.ndarray"
     pixels: "np.ndarray"
+    metadata: Metadata
 
 
 @dataclass
@@ -187,6 +193,7 @@ class _Batches:
     device: str
     seed: int
     models: str | None
+    strip: bool
     json: bool
     quiet: bool
     view: "_View"
@@ -202,17 +209,18 @@ class _Batches:
             check_output(place)
             from clric_decoder.image import read_image
 
-            image, notes = read_image(io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source)
+            file = io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source
+            image, notes, metadata = read_image(file, strip=self.strip)
             for note in notes if not self.quiet else ():
                 print_error(NAME, note, source)
             if self.preset == INSTANT:
-                self._encode_instantly(source, place, image)
+                self._encode_instantly(source, place, image, metadata)
                 return
-            with _libraries():
+            with libraries():
                 from . import encoding
                 from .autoencoder import load_encoder
             self.view.start(source)
-            with _torch(), _libraries():
+            with _torch(), libraries():
                 height, width = check_image(image)
                 device = encoding.find_device(self.device)
                 if self._encoder is None:
@@ -224,7 +232,7 @@ class _Batches:
                 check_latent(latent, width, height, self._encoder.space)
                 limit = encoding.batch_size(latent.shape, PRESETS[self.preset], device)
             group = self._waiting.setdefault(latent.shape, [])
-            group.append(_Waiting(source, place, latent, image))
+            group.append(_Waiting(source, place, latent, image, metadata))
             if len(group) >= limit:
                 self._encode(self._waiting.pop(latent.shape))
             elif sum(map(len, self._waiting.values())) >= MAX_WAITING:
@@ -235,12 +243,12 @@ class _Batches:
         while self._waiting:
             self._encode(self._waiting.pop(next(iter(self._waiting))))
 
-    def _encode_instantly(self, source: str, place: str, image: "np.ndarray") -> None:
+    def _encode_instantly(self, source: str, place: str, image: "np.ndarray", metadata: Metadata) -> None:
         from . import instant
 
         if self._instant is None:
             self._instant = instant.load_encoder(self.vae)
-        self._write(source, place, instant.encode_image(image, self._instant, self.rate))
+        self._write(source, place, instant.encode_image(image, self._instant, self.rate, metadata))
         self.view.finish(1)
 
     def _encode(self, group: list[_Waiting]) -> None:
@@ -260,6 +268,7 @@ class _Batches:
                     preset=self.preset,
                     tuning=self._tuning,
                     images=[image.pixels for image in group],
+                    metadata=[image.metadata for image in group],
                     device=find_device(self.device),
                     seed=self.seed,
                     warn=self._warn,
@@ -311,19 +320,6 @@ class _Batches:
 
 
 @contextlib.contextmanager
-def _libraries() -> Iterator[None]:
-    """Around imports: ClricError where what the encoder depends on is missing or broken."""
-    # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise _not_installed(error) from error
-    except (ImportError, OSError) as error:  # a library of torch's that is missing, or of another machine
-        raise ClricError(f"the encoder's libraries cannot be loaded ({one_line(error)}); install them again") from error
-
-
-@contextlib.contextmanager
 def _torch() -> Iterator[None]:
     """Around computation: ClricError for torch's errors, of a device or of memory, and for a full disk."""
     try:
@@ -341,10 +337,6 @@ def _torch_failed(error: RuntimeError) -> ClricError:
     if "out of memory" in reason or "can't allocate memory" in reason or "not enough memory" in reason:
         return ClricError("not enough memory; make the image smaller, or try another --device or --vae")
     return ClricError(f"torch failed ({reason[:300]})")
-
-
-def _not_installed(error: ModuleNotFoundError) -> ClricError:
-    return ClricError(f"{error.name} is not installed; run: pip install 'clric[encoder]'")
 
 
 def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:

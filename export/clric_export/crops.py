@@ -46,7 +46,7 @@ class Crops:
         self.coded: list[tuple[int, Tensor]] = []
         files = sorted(file for file in folder.iterdir() if file.is_file())
         for i in np.random.default_rng(seed).permutation(len(files)):
-            image = read_image(files[i])[0]
+            image = read_image(files[i]).pixels
             if min(image.shape[:2]) < side:
                 continue
             if streams is not None and len(self.images) >= HELD_OUT:

@@ -186,7 +186,7 @@ class Photos:
         files = sorted(file for file in folder.iterdir() if file.is_file())
         for i in np.random.default_rng(seed).permutation(len(files)):
             file = files[i]
-            image = _reduced(read_image(file)[0])
+            image = _reduced(read_image(file).pixels)
             if min(image.shape[:2]) < LEAST_SIDE:
                 continue
             latent, taught = _cached_teaching(file, image, teacher, encode, decode, cache)

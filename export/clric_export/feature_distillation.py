@@ -200,7 +200,7 @@ class _PoolMaker:
 
 def _crop(file: Path, random: np.random.Generator) -> np.ndarray:
     """A square of `CROP` from a photo at a random scale, flipped or not."""
-    image = Image.fromarray(read_image(file)[0])
+    image = Image.fromarray(read_image(file).pixels)
     smallest = CROP / min(image.size)
     largest = max(smallest, min(1.0, 1024 / max(image.size)))
     scale = float(np.exp(random.uniform(np.log(max(smallest, 0.35 * largest)), np.log(largest))))

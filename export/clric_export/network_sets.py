@@ -50,7 +50,7 @@ def train_network_sets(
     encoder = load_encoder(vae)
     latents = []
     for file in sorted(file for file in photos.iterdir() if file.is_file()):
-        image = Image.fromarray(read_image(file)[0])
+        image = Image.fromarray(read_image(file).pixels)
         image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
         latent = torch.from_numpy(encoder.encode(np.asarray(image)))
         if min(latent.shape[1:]) >= CROP:

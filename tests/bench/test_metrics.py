@@ -90,7 +90,7 @@ def test_ssimulacra2_falls_with_noise() -> None:
 def test_lpips_agrees_with_what_others_measured(shared: Path, name: str, lpips: float, psnr: float) -> None:
     """TAESD's own reconstructions, latents not coded: measured with another implementation of LPIPS (SqueezeNet)."""
     distance = metrics.Lpips("squeeze", *metrics.find_lpips(shared / "metrics")["squeeze"])
-    image, _ = read_image(shared / "data/kodak" / f"{name}.png")
+    image = read_image(shared / "data/kodak" / f"{name}.png").pixels
     latent = load_encoder("taesd", models=shared / "models").encode(image)
     decoder = load_decoder_network("taesd", shared / "models").module.eval()
     with torch.inference_mode():

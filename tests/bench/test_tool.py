@@ -142,7 +142,7 @@ def test_a_damaged_image_is_reported_at_the_end_and_stops_no_other(bench: Bench)
 def test_jpeg_rows_are_what_pillow_gives(bench: Bench) -> None:
     for name in ("a.png", "small.png"):
         row = bench.row(name, "JPEG", "quality 18")
-        original, _ = read_image(bench.images / name)
+        original = read_image(bench.images / name).pixels
         file = io.BytesIO()
         Image.fromarray(original).save(file, "jpeg", **JPEG)
         decoded = np.asarray(Image.open(file), float)
@@ -156,7 +156,7 @@ def test_jpeg_rows_are_what_pillow_gives(bench: Bench) -> None:
 def test_clric_rows_are_what_the_library_gives(bench: Bench, name: str, tune: str) -> None:
     row = bench.row("a.png", f"clric taesd fast {name}")
     assert row["tune"] == tune
-    original, _ = read_image(bench.images / "a.png")
+    original = read_image(bench.images / "a.png").pixels
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     data = encode(original, vae="taesd", lmbda=1, preset="fast", tune=tune, device="cpu", models=bench.models)
@@ -312,7 +312,7 @@ def test_a_report_of_joined_runs_compares_means_over_the_same_images(run: Run, t
 
 
 def test_measures_by_vgg16_and_its_frechet_distance(run: Run, shared: Path, tmp_path: Path) -> None:
-    image, _ = read_image(shared / "data/kodak/kodim15.png")
+    image = read_image(shared / "data/kodak/kodim15.png").pixels
     Image.fromarray(image[:270, :520]).save(tmp_path / "crop.png")  # two patches of 256 x 256
     result = run("clric-bench", "run", "crop.png", "--codec", "jpeg", "--metrics", str(shared / "metrics"))
     assert result.returncode == 0, result.stderr

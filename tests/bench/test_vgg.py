@@ -133,7 +133,7 @@ def test_dists_on_a_photo(shared: Path) -> None:
     if weights is None:
         pytest.skip("dists-pytorch is not installed")
     judge = vgg.VggJudge(shared / "metrics/vgg16_lpips.npz", weights)
-    image, _ = read_image(shared / "data/kodak/kodim15.png")
+    image = read_image(shared / "data/kodak/kodim15.png").pixels
     crop = image[100:292, 300:492]
 
     def blurred(side: int) -> np.ndarray:

@@ -408,7 +408,7 @@ def test_photo_of_real_size_with_real_weights(shared) -> None:
     """A crop of a photo through TAESD's latent: closer than the latent's own deviation by far, at a low rate."""
     from clric_decoder.image import read_image
 
-    image, _ = read_image(shared / "data/kodak/kodim23.png")
+    image = read_image(shared / "data/kodak/kodim23.png").pixels
     data = encode(image[100:356, 200:456], vae="taesd", preset="quick", models=shared / "models", quality=50)
     header = read_header(data)
     assert (header.width, header.height, header.space) == (256, 256, "sd1")

@@ -23,7 +23,7 @@ from clric_encoder.training.presets import PRESETS
 @pytest.fixture(scope="module")
 def face() -> np.ndarray:
     """192 x 200 pixels of matplotlib's sample photo: a face."""
-    image, _ = read_image(Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg"))
+    image = read_image(Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")).pixels
     return np.ascontiguousarray(image[40:232, 150:350])
 
 

@@ -129,7 +129,7 @@ def test_crops_depend_on_their_generator_alone(photos: Path) -> None:
 
 def test_crops_of_streams_lie_where_their_photos_do(photos: Path, tmp_path: Path) -> None:
     for file in sorted(photos.iterdir())[:9]:
-        (tmp_path / f"{file.stem}.clric").write_bytes(encode_instantly(read_image(file)[0]))
+        (tmp_path / f"{file.stem}.clric").write_bytes(encode_instantly(read_image(file).pixels))
     data = Crops(photos, 64, 0, tmp_path)
     assert {number for number, _ in data.coded} <= set(range(crops_module.HELD_OUT, 12))
     latents, pixels = data.coded_batch(np.random.default_rng(0), 6)

@@ -110,7 +110,7 @@ def list_images(places: Sequence[Path]) -> list[tuple[Path, str]]:
 
 def read_photo(path: Path, name: str) -> tuple[Photo, list[str]]:
     """A photo and the warnings about it. Raises ClricError where it is no image, or damaged."""
-    image, notes = read_image(path)
+    image, notes, _ = read_image(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return Photo(str(path), name, digest, image.shape[1], image.shape[0]), notes
 
@@ -236,7 +236,7 @@ def crop_place(image: np.ndarray) -> tuple[int, int]:
 
 @lru_cache(maxsize=2)
 def _image(path: str) -> np.ndarray:
-    return read_image(path)[0]
+    return read_image(path).pixels
 
 
 _open: dict[tuple[str, str], Any] = {}

@@ -179,7 +179,7 @@ def _keep_original(photo: Photo, folder: Path, metrics: Metrics, crop: bool) -> 
 
     features = metrics.inception and not (folder / "fid" / f"{photo.sha256}.npy").is_file()
     if features or (crop and not (folder / "crops" / f"{photo.sha256}.png").is_file()):
-        image, _ = read_image(photo.path)
+        image = read_image(photo.path).pixels
         if crop:
             keep_crop(folder, photo.sha256, image, crop_place(image))
         if features and metrics.inception:

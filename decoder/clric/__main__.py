@@ -1,0 +1,40 @@
+"""``python -m clric enc|dec``: the commands clric-enc and clric-dec, where they are not on the path."""
+
+import sys
+
+from . import ClricError, __version__, encoder_package
+
+USAGE = """\
+usage: python -m clric enc IMAGE...     images to streams; the command clric-enc
+       python -m clric dec IN...        streams to images; the command clric-dec
+       python -m clric enc --help       says more, and so does dec --help
+       python -m clric --version"""
+
+
+def main() -> None:
+    """Runs the command that the first argument names, with the arguments that follow it."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    sys.argv[1:] = arguments
+    if name == "dec":
+        from clric_decoder.cli import main as decode
+
+        decode()
+    elif name == "enc":
+        try:
+            with encoder_package():
+                from clric_encoder.cli import main as encode
+        except ClricError as error:
+            print(f"clric: {error}", file=sys.stderr)
+            sys.exit(1)
+        encode()
+    elif name == "--version":
+        print(f"clric {__version__}")
+    elif name in ("-h", "--help"):
+        print(USAGE)
+    else:
+        print(f"clric: {name!r} is no command: use enc or dec (see python -m clric --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
