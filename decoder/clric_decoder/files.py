@@ -9,10 +9,13 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import ClricError
 
 STANDARD = "-"
+
+_PIECE = 1 << 20
 
 
 def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -24,15 +27,24 @@ def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
         if os.fspath(path) == STANDARD:
             if sys.stdin is None:
                 raise ClricError("-: standard input is closed")
-            data = sys.stdin.buffer.read(limit + 1)
+            data = _read(sys.stdin.buffer, limit + 1)
         else:
             with open(path, "rb") as file:
-                data = file.read(limit + 1)
+                data = _read(file, limit + 1)
     except OSError as error:
         raise ClricError(f"{os.fspath(path)}: {error.strerror}") from error
     if len(data) > limit:
         raise ClricError(f"{os.fspath(path)}: longer than the limit of {limit} bytes")
     return data
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """At most so many bytes. Piece by piece: read(count) reserves the memory for all of them before it reads."""
+    pieces = []
+    while count and (piece := file.read(min(count, _PIECE))):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
