@@ -105,10 +105,18 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
 
 
 def _replace(place: Path, data: bytes) -> None:
-    # Not tempfile, whose files only their owner can read: this one gets permissions as any new file.
+    # Not tempfile, whose files only their owner can read: a new file gets the permissions of any new file, and one that
+    # replaces another keeps the other's, from its first byte on.
+    older = os.stat(place).st_mode & 0o777 if place.exists() else None
     partial = place.with_name(f".{secrets.token_hex(8)}.clric-partial")
+
+    def create(path: str, flags: int) -> int:
+        return os.open(path, flags, 0o666 if older is None else older)
+
     try:
-        with open(partial, "xb", buffering=0) as stream:
+        with open(partial, "xb", buffering=0, opener=create) as stream:
+            if older is not None:
+                os.chmod(partial, older)  # what the umask has taken
             _write_all(stream, data)
         os.replace(partial, place)
     except BaseException:
