@@ -15,7 +15,7 @@ from .bitstream import MAX_PIXELS, MAX_SIDE
 from .errors import ClricError
 from .files import STANDARD, check_output, read_input, stream_limit, write_output
 from .models import IMAGE_DECODERS, image_decoder_number
-from .terminal import choose_outputs, for_each, print_error, run_command
+from .terminal import choose_outputs, for_each, print_error, printable, run_command
 
 if TYPE_CHECKING:
     from .bitstream import Header
@@ -67,7 +67,7 @@ def command(
 
             header = read_header(read(source), max_pixels=max_pixels)
             facts = describe(header)
-            text = json_format.dumps({"file": source, **facts}) if json else _as_text(source, facts)
+            text = json_format.dumps({"file": source, **facts}) if json else _as_text(printable(source), facts)
             write_output(STANDARD, f"{text}\n".encode(errors="surrogateescape"))
 
         return for_each(NAME, ((source,) for source in inputs), show)

@@ -24,6 +24,9 @@ def stream_limit(max_pixels: int) -> int:
     return max(max_pixels, MIN_STREAM_LIMIT)
 
 
+_PIECE = 1 << 20
+
+
 def read_input(path: str | os.PathLike[str], limit: int) -> bytes:
     """All bytes of a file, or of standard input for ``-``. Raises ClricError as `read_file` does."""
     if os.fspath(path) != STANDARD:
@@ -47,12 +50,21 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
 
 def _read_all(file: BinaryIO, name: str, limit: int) -> bytes:
     try:
-        data = file.read(limit + 1)
+        data = _read(file, limit + 1)
     except OSError as error:
         raise ClricError(f"{name}: {error.strerror}") from error
     if len(data) > limit:
         raise ClricError(f"{name}: longer than the limit of {limit} bytes")
     return data
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """At most so many bytes. Piece by piece: read(count) reserves the memory for all of them before it reads."""
+    pieces = []
+    while count and (piece := file.read(min(count, _PIECE))):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -113,10 +125,18 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
 
 
 def _replace(place: Path, data: bytes) -> None:
-    # Not tempfile, whose files only their owner can read: this one gets permissions as any new file.
+    # Not tempfile, whose files only their owner can read: a new file gets the permissions of any new file, and one that
+    # replaces another keeps the other's, from its first byte on.
+    older = os.stat(place).st_mode & 0o777 if place.exists() else None
     partial = place.with_name(f".{secrets.token_hex(8)}.clric-partial")
+
+    def create(path: str, flags: int) -> int:
+        return os.open(path, flags, 0o666 if older is None else older)
+
     try:
-        with open(partial, "xb", buffering=0) as stream:
+        with open(partial, "xb", buffering=0, opener=create) as stream:
+            if older is not None:
+                os.chmod(partial, older)  # what the umask has taken
             _write_all(stream, data)
         os.replace(partial, place)
     except BaseException:

@@ -5,6 +5,7 @@ Exit codes: 0 for success, 1 where an input failed (the others are still done), 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,15 @@ import click
 
 from .errors import ClricError
 from .files import STANDARD
+
+# C0 and C1, line and paragraph separators, what changes the direction of writing, and bytes of C1 as Python has them in
+# names that are no UTF-8.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\udc80-\udc9f]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\u{code:04x}" if 0x2000 <= code < 0x3000 else f"\\x{code & 0xFF:02x}"
 
 
 def run_command(command: click.Command, name: str) -> int:
@@ -52,12 +62,21 @@ def for_each(name: str, rows: Iterable[tuple[str, ...]], work: Callable[..., Non
     return 1 if failed else 0
 
 
+def printable(text: str) -> str:
+    """The text with its control characters as escapes such as \\x1b: names of files may hold what terminals obey."""
+    return _CONTROL.sub(_escaped, text)
+
+
 def print_error(name: str, message: str, file: str | None = None) -> None:
     """``name: file: message`` on standard error, the file once where the message starts with it."""
     if sys.stderr is None:  # closed; print would take standard output instead
         return
-    where = f"{file}: " if file is not None and not message.startswith(f"{file}: ") else ""
-    print(f"{name}: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    where = ""
+    if file is not None:
+        shown = printable(file)
+        message = message.replace(file, shown)
+        where = "" if message.startswith(f"{shown}: ") else f"{shown}: "
+    print(f"{name}: {where}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def choose_outputs(inputs: Sequence[str], output: str | None, suffix: str) -> list[str]:

@@ -17,7 +17,7 @@ import click
 from clric_decoder.bitstream import Metadata, read_header
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
-from clric_decoder.terminal import choose_outputs, print_error, run_command
+from clric_decoder.terminal import choose_outputs, print_error, printable, run_command
 
 from .instant import INSTANT
 from .libraries import libraries
@@ -300,7 +300,7 @@ class _Batches:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
         elif not self.quiet and sys.stderr is not None:
             print(
-                f"{source} -> {place}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
+                f"{printable(source)} -> {printable(place)}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
                 f"latent MSE {facts['latent_mse']:.4f}",
                 file=sys.stderr,
             )
@@ -396,7 +396,7 @@ class _Bar(_View):
     def _escape(source: str) -> str:
         from rich.markup import escape
 
-        return escape(source)
+        return escape(printable(source))
 
 
 @contextlib.contextmanager

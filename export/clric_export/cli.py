@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.models import AUTOENCODERS, LATENT_SPACES, cache_folder, find_autoencoder
-from clric_decoder.terminal import for_each, run_command
+from clric_decoder.terminal import for_each, printable, run_command
 
 if TYPE_CHECKING:
     from .onnx import Precision
@@ -63,7 +63,7 @@ def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | 
 
     def export(name: str) -> None:
         for line in _export(name, output or cache_folder(), models, precisions):
-            click.echo(line)
+            click.echo(printable(line))
 
     return for_each(NAME, [(name,)], export)
 
@@ -307,11 +307,11 @@ def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> i
 
         take_over_pillow()
         try:
-            files = run(lambda line: click.echo(line, err=True))
+            files = run(lambda line: click.echo(printable(line), err=True))
         except OSError as error:
             raise ClricError(f"{error.filename or output}: {error.strerror or one_line(error)}") from error
         for file in files:
-            click.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+            click.echo(f"{printable(str(file))}  {file.stat().st_size / 1e6:.2f} MB")
 
     return for_each(NAME, [(subject,)], work)
 

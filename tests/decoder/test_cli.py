@@ -137,6 +137,16 @@ def test_info_of_a_name_that_is_no_utf8(run: Run, tmp_path: Path, stream: bytes)
     assert json.loads(run("clric-dec", "--json", name).stdout)["file"] == name
 
 
+def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path, stream: bytes) -> None:
+    name, shown = "a\x1b[31m\n\x9b\u202eb.clric", "a\\x1b[31m\\x0a\\x9b\\u202eb.clric"
+    assert_one_line(run("clric-dec", name), 1, f"clric-dec: {shown}: No such file or directory")
+    assert_one_line(run("clric-dec", name, "-o", name), 2, "the output of a\\x1b[31m ", "is an input")
+    (tmp_path / name).write_bytes(b"text")
+    assert_one_line(run("clric-dec", name), 1, f"clric-dec: {shown}: ")
+    (tmp_path / name).write_bytes(stream)
+    assert run("clric-dec", "--info", name).stdout.decode().splitlines()[0] == shown
+
+
 def test_standard_streams_that_are_closed_or_not_read(run: Run, file: Path, toy: list[str]) -> None:
     name = file.name
     assert_one_line(run("clric-dec", "-", "--info", preexec_fn=lambda: os.close(0)), 1, "-: standard input is closed")

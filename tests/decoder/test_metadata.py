@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import clric
-import clric.pillow  # noqa: F401  # registers the format
+import clric.pillow  # registers the format
 import numpy as np
 import pytest
 from clric_decoder.image import read_image, write_image

@@ -46,6 +46,14 @@ def test_one_pixel_through_pipes(run: Run) -> None:
     assert result.stderr.count(b"\n") == 1
 
 
+def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
+    write_photo(tmp_path / "a\x1b[31m.png", 8, 8)
+    result = run("clric-enc", "a\x1b[31m.png", "b\nc.png", "--preset", "fast")
+    lines = result.stderr.decode().splitlines()
+    assert lines[0].startswith("a\\x1b[31m.png -> a\\x1b[31m.clric: ")
+    assert lines[1:] == ["clric-enc: b\\x0ac.png: No such file or directory"]
+
+
 def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("just some text\n")
     write_photo(tmp_path / "photo.png")
@@ -69,7 +77,7 @@ def hear_interrupts() -> None:
 
 
 def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path) -> None:
-    photo = write_photo(tmp_path / "photo.png", 64, 64)
+    photo = write_photo(tmp_path / "photo\a.png", 64, 64)
     terminal, side = pty.openpty()
     command = Path(sys.executable).with_name("clric-enc")
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
@@ -90,9 +98,10 @@ def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(tmp_path: Path)
         pass
     os.close(terminal)
     assert process.wait(timeout=60) == 130
-    assert b"photo.png" in seen
+    assert b"photo\\x07.png" in seen
+    assert b"\a" not in seen
     assert b"Traceback" not in seen
-    assert [entry.name for entry in tmp_path.iterdir()] == ["photo.png"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [photo.name]
 
 
 def test_a_folder_is_encoded_once_and_what_is_new_again(run: Run, tmp_path: Path) -> None:

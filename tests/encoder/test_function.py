@@ -114,6 +114,10 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     counted.backward(packing.split(grad_vectors), grad_packed)
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(grad_vectors), grad_packed)
     got = layout.split(grad_packed)
+    wide, others = torch.zeros(2, layout.rows, layout.stride, 2), torch.zeros_like(grad_vectors)
+    grid_bits.backward(packing.split(others), wide[..., 0])  # to what is not contiguous
+    synthesis.backward(2 * latents / latents[0].numel(), packing.split(others), wide[..., 0])
+    torch.testing.assert_close(wide[..., 0], grad_packed, rtol=1e-6, atol=1e-8)
 
     for i in range(2):
         own = [grid[i].clone().requires_grad_() for grid in grids]
@@ -169,9 +173,11 @@ def test_soft_rounding_and_its_gradient(soft_round) -> None:
 
     expected = step(step(values) + 0.15 * noise)
     (slope,) = torch.autograd.grad(expected.sum(), values)
-    rounded, own_slope = soft_round(values.detach(), noise, 0.2, 0.15)
-    torch.testing.assert_close(rounded, expected)
-    torch.testing.assert_close(own_slope, slope, rtol=1e-3, atol=1e-4)
+    for shape in ((1, 2000), (50, 40)):
+        turned, turned_noise = (tensor.detach().view(shape).T.contiguous().T for tensor in (values, noise))
+        rounded, own_slope = soft_round(turned, turned_noise, 0.2, 0.15)
+        torch.testing.assert_close(rounded.reshape(-1), expected)
+        torch.testing.assert_close(own_slope.reshape(-1), slope, rtol=1e-3, atol=1e-4)
 
 
 def test_laplace_bits_by_hand() -> None:

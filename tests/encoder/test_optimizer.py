@@ -34,6 +34,25 @@ def test_adam_is_that_of_torch() -> None:
     torch.testing.assert_close(values, expected.detach())
 
 
+def test_tensors_that_are_not_contiguous_are_changed_too() -> None:
+    """A slice and a transposed tensor move as copies of them do, and what is between the slice's values stays."""
+    groups = parameter_groups(default_architecture(4))
+    count = sum(group.size for group in groups)
+    for make in (lambda values: Adam(values, BETAS), lambda values: Soap(values, BETAS, groups)):
+        whole, turned = torch.randn(3, 2 * count), torch.randn(count, 3)
+        for values in (whole[:, ::2], turned.T):
+            before, copied, between = values.clone(), values.contiguous(), whole[:, 1::2].clone()
+            assert not values.is_contiguous()
+            here, there = make(values), make(copied)
+            for _ in range(3):
+                gradient = torch.randn(count, 3).T
+                here.step(values, gradient, 0.01)
+                there.step(copied, gradient.contiguous(), 0.01)
+            assert torch.equal(values, copied)
+            assert not torch.equal(values, before)
+            assert torch.equal(whole[:, 1::2], between)
+
+
 def plain_soap(matrix: np.ndarray, gradients: list[np.ndarray], rate: float) -> np.ndarray:
     """Algorithm 3 of Vyas et al., in float64: bases are turned from time to time, momentum stays in the given basis."""
     mean, square = np.zeros_like(matrix), np.zeros_like(matrix)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.image import take_over_pillow
-from clric_decoder.terminal import print_error, run_command
+from clric_decoder.terminal import print_error, printable, run_command
 
 from ..instant import INSTANT
 from ..rate import Rate
@@ -107,7 +107,7 @@ def run_bench(
         for what, why in failures:
             print_error(NAME, why, what)
         write_report(output)
-        click.echo(output / "report.html")
+        click.echo(printable(str(output / "report.html")))
         return fine
 
     return _attempt(work)
@@ -122,7 +122,7 @@ def report(output: Path) -> int:
         with _libraries():
             from .report import write_report
         write_report(output)
-        click.echo(output / "report.html")
+        click.echo(printable(str(output / "report.html")))
         return True
 
     return _attempt(work)
@@ -173,7 +173,7 @@ def _progress(failures: list[tuple[str, str]]) -> "Iterator[Watcher]":
 
         def show() -> None:
             text = f"{current[0].photo.name}  {current[0].codec.name}, {current[0].setting}" if current else ""
-            bar.update(task_id, description=escape(text), rows=f"{counts['done']}/{counts['of']}")
+            bar.update(task_id, description=escape(printable(text)), rows=f"{counts['done']}/{counts['of']}")
 
         def total(rows: int, seconds: float) -> None:
             counts["of"] = rows
@@ -192,7 +192,7 @@ def _progress(failures: list[tuple[str, str]]) -> "Iterator[Watcher]":
             if row and not live and sys.stderr is not None:
                 rate = f"{float(row['bpp']):.4f} bpp, " if row["bpp"] else ""
                 print(
-                    f"{counts['done']}/{counts['of']} {task.photo.name}  {task.codec.name}, {task.setting}: "
+                    f"{counts['done']}/{counts['of']} {printable(task.photo.name)}  {task.codec.name}, {task.setting}: "
                     f"{rate}{float(row['psnr']):.2f} dB, {float(row['encode_s']):.1f} s",
                     file=sys.stderr,
                     flush=True,

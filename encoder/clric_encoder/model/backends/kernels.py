@@ -115,9 +115,11 @@ class ArmBits:
     def add_to(self, grad_packed: torch.Tensor) -> None:
         """Adds the gradients by the values of the packed, themselves and as neighbours."""
         self._wait()
-        arrays = _arrays(self._grad_mean, self._grad_inputs, self._packed, grad_packed)
-        arrays += [self._blocks, self._neighbours, self._limits]
-        _spread(_scatter, len(grad_packed) * len(self._blocks), 2 * self._grad_inputs.numel(), *arrays)
+        arrays = _arrays(self._grad_mean, self._grad_inputs, self._packed)
+        tables = self._blocks, self._neighbours, self._limits
+        with _in_place(grad_packed) as changed:
+            tasks, work = len(grad_packed) * len(self._blocks), 2 * self._grad_inputs.numel()
+            _spread(_scatter, tasks, work, *arrays, *changed, *tables)
 
 
 # Columns of a table of blocks: the plane's number, where the block's first value stands in the flattened packed and
@@ -210,8 +212,10 @@ class Upsampled:
     def backward(self, gradient: torch.Tensor, grad_packed: torch.Tensor) -> torch.Tensor:
         """Of the outputs -> of taps; that of the packed is added to `grad_packed`."""
         grad_taps = torch.zeros(*gradient.shape[:2], *self._taps.shape[1:])
-        arrays = _arrays(gradient, self._taps, self._between, grad_packed, grad_taps)
-        _spread(_upsample_backward, self._tasks, 3 * self._work, *arrays, *self._geometry)
+        arrays = _arrays(gradient, self._taps, self._between)
+        with _in_place(grad_packed) as changed:
+            arrays += [*changed, grad_taps.numpy()]
+            _spread(_upsample_backward, self._tasks, 3 * self._work, *arrays, *self._geometry)
         return grad_taps.sum(1)
 
 
@@ -219,7 +223,7 @@ def soft_round_with_noise(
     values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `torch_operations.soft_round_with_noise`."""
-    rounded, slope = torch.empty_like(values), torch.empty_like(values)
+    rounded, slope = torch.empty(values.shape), torch.empty(values.shape)
     arrays = [array.reshape(-1) for array in _arrays(values, noise, rounded, slope)]
     tasks = -(-values.numel() // _BLOCK)
     _spread(_soft_round, tasks, 40 * values.numel(), *arrays, np.float32(temperature), np.float32(sigma))
@@ -236,8 +240,10 @@ def adam(
     epsilon: float,
 ) -> None:
     """A step of `training.optimizers.Adam`: moments and values change in place."""
-    arrays = [array.reshape(-1) for array in _arrays(values, gradient, mean, square)]
-    _adam(*arrays, np.array([*betas, length, epsilon], np.float32))
+    (slopes,) = _arrays(gradient)
+    with _in_place(values, mean, square) as changed:
+        flat, *moments = (array.reshape(-1) for array in changed)
+        _adam(flat, slopes.reshape(-1), *moments, np.array([*betas, length, epsilon], np.float32))
 
 
 def soap(
@@ -254,13 +260,25 @@ def soap(
     epsilon: float,
 ) -> None:
     """A step of `training.optimizers.Soap`: moments, covariances and values change in place."""
-    arrays = _arrays(values, gradient, mean, square, covariances, bases)
+    slopes, turns = _arrays(gradient, bases)
     numbers = np.array([*betas, length, epsilon, covariance_beta], np.float32)
-    _soap(*arrays, np.array(table), numbers)
+    with _in_place(values, mean, square, covariances) as (own, *state):
+        _soap(own, slopes, *state, turns, np.array(table), numbers)
 
 
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """For loops that read them, or write to those that this module has made: what is not contiguous is copied."""
     return [tensor.contiguous().numpy() for tensor in tensors]
+
+
+@contextlib.contextmanager
+def _in_place(*tensors: torch.Tensor) -> Iterator[list[np.ndarray]]:
+    """For loops that change a caller's tensors, such as slices of others: copies are copied back."""
+    contiguous = [tensor.contiguous() for tensor in tensors]
+    yield [tensor.numpy() for tensor in contiguous]
+    for tensor, changed in zip(tensors, contiguous, strict=True):
+        if changed is not tensor:
+            tensor.copy_(changed)
 
 
 _pools: list[ThreadPoolExecutor] = []
