@@ -112,8 +112,11 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
         for name in METADATA.values():
             if name in given:
                 metadata.pop(name, None)
-                if given[name]:
-                    metadata[name] = upright_exif(given[name]) if name == "exif" else _to_bytes(given[name])
+                content = given[name]
+                if content:
+                    content = upright_exif(content) if name == "exif" else _to_bytes(content)
+                if content:
+                    metadata[name] = content
         for note in notes:
             warnings.warn(note, stacklevel=4)
         data = encode(pixels, metadata=metadata, **options)

@@ -189,19 +189,24 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int, strip: bool) -> Pict
 
 
 def upright_exif(exif: Image.Exif | bytes) -> bytes:
-    """EXIF as streams hold it: without prefix, orientation and thumbnail, which can be longer than the stream."""
+    """EXIF as streams hold it: without prefix, orientation and thumbnail, which can be longer than the stream.
+
+    Empty where nothing is left.
+    """
     if isinstance(exif, bytes):
         content, exif = exif, Image.Exif()
         exif.load(content)
     exif.pop(ExifTags.Base.Orientation, None)
-    return exif.tobytes().removeprefix(EXIF_PREFIX)
+    return exif.tobytes().removeprefix(EXIF_PREFIX) if len(exif) else b""
 
 
 def _exif_and_xmp(image: Image.Image) -> Metadata:
     """Those of an upright image."""
     metadata: Metadata = {}
     if image.info.get("exif"):
-        metadata["exif"] = upright_exif(image.getexif())
+        exif = upright_exif(image.getexif())
+        if exif:
+            metadata["exif"] = exif
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
     if xmp:
         metadata["xmp"] = xmp.encode() if isinstance(xmp, str) else xmp
