@@ -1,4 +1,4 @@
-"""Training of network sets: seeded, better than its start, and a table that the decoder takes."""
+"""Training of registered networks: seeded, better than its start, and a table that the decoder takes."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from clric_decoder import network_sets as table
-from clric_decoder.bitstream import registered_architecture
+from clric_decoder.bitstream import WITH_NETWORKS, registered_architecture
 from clric_decoder.networks import decode_networks
-from clric_encoder.instant import ARCHITECTURE
+from clric_decoder.registered_networks import registered_networks
+from clric_encoder.instant import FUNCTIONS, LAMBDAS
 from clric_export import network_sets
 from clric_export.cli import command
 from clric_export.network_sets import _Training
@@ -38,7 +38,7 @@ def correlated_latents(count: int) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("short")
 def test_training_lowers_the_loss_of_what_instant_codes() -> None:
-    training = _Training(correlated_latents(6), registered_architecture(ARCHITECTURE), 0.3, seed=0)
+    training = _Training(correlated_latents(6), registered_architecture(FUNCTIONS[0]), 0.3, seed=0)
     latents = training.crops()
 
     def loss() -> float:
@@ -55,6 +55,7 @@ def test_training_lowers_the_loss_of_what_instant_codes() -> None:
 @pytest.mark.usefixtures("short")
 def test_command_writes_a_table_that_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network_sets, "LAMBDAS", (1.0, 0.1))
+    monkeypatch.setattr(network_sets, "FUNCTIONS", FUNCTIONS[:2])
     monkeypatch.setattr(network_sets, "SOFT", 20)
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -67,12 +68,14 @@ def test_command_writes_a_table_that_decodes(tmp_path: Path, monkeypatch: pytest
         result = CliRunner().invoke(command, ["networks", "--photos", str(photos), "-o", str(file)])
         assert result.exit_code == 0, result.output
     assert files[0].read_bytes() == files[1].read_bytes()
-    architecture = registered_architecture(ARCHITECTURE)
-    segments = json.loads(files[0].read_text())[architecture.to_bytes().hex()]
-    assert len(segments) == 2
-    for segment in segments:
-        decode_networks(bytes.fromhex(segment), architecture)
+    segments = json.loads(files[0].read_text())
+    assert list(segments) == [str(number) for number in FUNCTIONS[:2]]
+    for number, segment in segments.items():
+        decode_networks(bytes.fromhex(segment), registered_architecture(int(number)))
 
 
-def test_there_are_as_many_sets_as_lambdas() -> None:
-    assert len(table.network_sets(registered_architecture(ARCHITECTURE))) == len(network_sets.LAMBDAS) <= table.MAX_SETS
+def test_every_lambda_has_a_function_with_networks() -> None:
+    assert len(LAMBDAS) == len(FUNCTIONS)
+    assert list(registered_networks()) == list(WITH_NETWORKS) == list(FUNCTIONS)
+    for number, segment in registered_networks().items():
+        decode_networks(segment, registered_architecture(number))
