@@ -392,7 +392,8 @@ def write(
     padding = -(-width * height // MAX_PIXELS_PER_BYTE) - payload
     segments = replace(segments, networks=segments.networks + bytes(max(0, padding)))
     registered = LATENT_SPACES.get(space)
-    flags = (registered.number if registered else 0) | bool(entry_bytes) << 4 | image_decoder << 5
+    flags = (registered.number if registered else 0) | bool(entry_bytes) << 4
+    flags |= _check("the number of the image decoder", image_decoder, 0, 7) << 5
     parts = [MAGIC, bytes([VERSION, flags])]
     for name, side in (("width", width), ("height", height)):
         parts.append(_check(f"the image's {name}", side, 1, MAX_SIDE).to_bytes(2, "big"))

@@ -32,6 +32,7 @@ NAME = "clric-dec"
 @click.option("--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o too.")
 @click.option("--info", is_flag=True, help="Print what the header says, and decode nothing.")
 @click.option("--json", is_flag=True, help="The same as JSON, one line for each input.")
+@click.option("--probe", is_flag=True, help="Decode to the latent, and print the hash of every stage as JSON.")
 @click.option(
     "--max-pixels",
     type=click.IntRange(1, MAX_SIDE**2),
@@ -48,6 +49,7 @@ def command(
     latent: str | None,
     info: bool,
     json: bool,
+    probe: bool,
     max_pixels: int,
 ) -> int:
     """Decode .clric streams to images (IN.png where no -o is given).
@@ -58,16 +60,20 @@ def command(
     def read(source: str) -> bytes:
         return read_input(source, stream_limit(max_pixels))
 
-    if info or json:
+    if info or json or probe:
         if output is not None or latent is not None:
-            raise click.UsageError("--info and --json print, and write no file: leave out -o and --latent")
+            raise click.UsageError("--info, --json and --probe print, and write no file: leave out -o and --latent")
 
         def show(source: str) -> None:
-            from .bitstream import read_header
+            if probe:
+                from .probe import decode_stages
 
-            header = read_header(read(source), max_pixels=max_pixels)
-            facts = describe(header)
-            text = json_format.dumps({"file": source, **facts}) if json else _as_text(printable(source), facts)
+                text = json_format.dumps({"file": source, **decode_stages(read(source), max_pixels)}, indent=1)
+            else:
+                from .bitstream import read_header
+
+                facts = describe(read_header(read(source), max_pixels=max_pixels))
+                text = json_format.dumps({"file": source, **facts}) if json else _as_text(printable(source), facts)
             write_output(STANDARD, f"{text}\n".encode(errors="surrogateescape"))
 
         return for_each(NAME, ((source,) for source in inputs), show)

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 from clric_decoder import ClricError, ModelError, decode, decode_latent, read_header
-from clric_decoder.bitstream import registered_architecture
+from clric_decoder.bitstream import WITH_NETWORKS, registered_architecture
 from clric_decoder.context import predict
 from clric_decoder.entropy import ideal_bits
 from clric_decoder.synthesis import synthesize
@@ -34,6 +34,7 @@ def test_more_lambda_is_fewer_bytes_and_more_error(picture: np.ndarray) -> None:
         data = encode_instantly(picture, lmbda=lmbda)
         header = read_header(data)
         assert (header.space, header.network_bytes) == ("clric", 0)
+        assert header.function in WITH_NETWORKS
         points.append((len(data), float(np.square(decode_latent(data) - latent).mean())))
     for (size, error), (smaller, worse) in pairwise(points):
         assert smaller < size
@@ -53,7 +54,7 @@ def test_sizes_are_met(picture: np.ndarray) -> None:
 
 def test_rounding_by_the_rate_costs_less_than_rounding(picture: np.ndarray) -> None:
     """The loss that it is to lower: squared error of the latent + lambda * bits."""
-    architecture = registered_architecture(instant.ARCHITECTURE)
+    architecture = registered_architecture(instant.FUNCTIONS[0])
     latent = load_encoder("small").encode(picture)
     for number, lmbda in ((2, 1.0), (5, 0.1)):
         networks = instant._sets()[number]
@@ -61,7 +62,7 @@ def test_rounding_by_the_rate_costs_less_than_rounding(picture: np.ndarray) -> N
 
         def loss(grid: np.ndarray, networks=networks, price=price) -> float:
             error = np.square(synthesize([grid], networks.networks, architecture) - latent).sum()
-            return float(error + price * ideal_bits(*predict(grid, networks.arm, architecture, None)).sum())
+            return float(error + price * ideal_bits(*predict(grid, networks.arm, architecture)).sum())
 
         plain = np.einsum("ij,jyx->iyx", networks.inverse, latent - networks.bias[:, None, None])
         by_rate = round_by_rate(latent, networks, architecture, price)
