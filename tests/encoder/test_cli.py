@@ -270,7 +270,7 @@ def test_a_library_that_is_missing_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "photo.png", "--vae", "sd14", "--models", str(tmp_path)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     assert result.stderr.decode() == (
-        "clric-enc: photo.png: diffusers is not installed; run: pip install 'clric[encoder]'\n"
+        "clric-enc: photo.png: diffusers is not installed; run: pip install 'clric[vae]'\n"
     )
     assert result.returncode == 1
 
