@@ -29,7 +29,7 @@ from .networks import ARM_MAX_BIAS_EXPONENT, GRID_SCALE_MAX_EXPONENT, Parameters
 
 # (dy, dx) of the neighbours, the most useful first (Cool-Chic's)
 NEIGHBOURS = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3))
-REACH = 3  # how far a neighbour lies above, left or right
+REACH = 3  # how far a neighbour lies above or to the left; to the right it is less
 UNIT = 32  # an activation of 1.0
 MAX_ACTIVATION = 2047
 MAX_CONTEXT = 63  # grid values are clipped to +- this where they are inputs of the ARM
@@ -129,7 +129,7 @@ def _layers(groups: dict[str, Parameters], count: int) -> list[_Layer]:
 
 
 class _Level:
-    """One level's values with zeros around each grid, and the order in which they are coded.
+    """One level's values with zeros above each grid and between its rows, and the order in which they are coded.
 
     Flat, a neighbour is always the same distance away, and the values that a step codes of a grid, at (y, t - 2 y), lie
     ``pitch`` - 2 apart: a slice says where they are, and one table of distances from its start where their neighbours
@@ -138,7 +138,7 @@ class _Level:
 
     def __init__(self, shape: tuple[int, int, int], architecture: Architecture, dtype: type = np.int32):
         self._channels, self._height, self._width = shape
-        self._pitch = self._width + 2 * REACH
+        self._pitch = self._width + REACH
         self._flat: np.ndarray = np.zeros((self._channels, (self._height + REACH) * self._pitch), dtype)
         offsets = [dy * self._pitch + dx for dy, dx in NEIGHBOURS[: architecture.neighbours]]
         longest = min(self._height, (self._width + 1) // 2)
@@ -148,7 +148,7 @@ class _Level:
     def values(self) -> np.ndarray:
         """The values (channels, height, width), a view."""
         padded = self._flat.reshape(self._channels, self._height + REACH, self._pitch)
-        return padded[:, REACH:, REACH : REACH + self._width]
+        return padded[:, REACH:, REACH:]
 
     def steps(self) -> Iterator[slice]:
         """The steps in coding order, each as what it codes of a flat grid."""

@@ -239,11 +239,11 @@ CASES = [
     *(Case(f"function-{number}", space="clric", architecture=INSTANT, function=number) for number in WITH_NETWORKS),
     Case("function-8-wide", space="clric", architecture=INSTANT, function=8, grid_scale=40.0),
     Case(
-        "function-9-ignores-networks",
+        "function-9-padded",
         space="clric",
         architecture=INSTANT,
         function=9,
-        stored_networks=b"\xff" * 20,  # an invalid segment, were it read
+        stored_networks=bytes(20),  # zeros, which would decode to other networks were they read
     ),
     Case("function-11-blank", 128, 128, "clric", INSTANT, function=11, edit=_all_zero),
     Case("function-8-described", space="clric", architecture=INSTANT, function=0),
@@ -600,6 +600,7 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         "payload-endless-escape": ("payload", with_segments(first_group(0, groups[0].size))),
         "payload-long-escape": ("payload", with_segments(first_group(1, 1))),
         "payload-level-invalid": ("payload", with_segments(finest=b"\xff" * 8)),
+        "payload-level-of-zeros": ("payload", with_segments(finest=bytes(4))),
         "payload-coarse-level-invalid": ("payload", with_segments(coarse=b"\xff" * 8, size=16)),
         "payload-too-few-bytes": ("payload", with_segments(finest=b"\x80", size=2048)),
         "payload-one-value-too-many": ("payload", with_segments(finest=b"\x80" * 15, size=1000)),
