@@ -82,12 +82,10 @@ export function parse(data, { maxPixels = MAX_PIXELS, partial = false } = {}) {
   const height = size(reader, "height");
   checkPixels(width, height, maxPixels, partial ? Infinity : bytes.length);
 
-  let [spaceName, channels] = SPACES[space] ?? ["custom", 0];
-  let fingerprint = null;
+  let [spaceName, channels] = SPACES[space] ?? ["custom-", 0];
   if (space === 0) {
     channels = reader.inRange("channels of the custom latent space", 1, 64);
-    fingerprint = "";
-    for (let i = 0; i < 8; i++) fingerprint += reader.byte("fingerprint").toString(16).padStart(2, "0");
+    for (let i = 0; i < 8; i++) spaceName += reader.byte("fingerprint").toString(16).padStart(2, "0");
   }
 
   const functionNumber = reader.byte("function");
@@ -115,7 +113,6 @@ export function parse(data, { maxPixels = MAX_PIXELS, partial = false } = {}) {
   const header = {
     version: 1,
     space: spaceName,
-    fingerprint,
     imageDecoder: flags >> 5,
     width,
     height,

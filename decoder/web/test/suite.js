@@ -2,7 +2,7 @@
  * The conformance suite against this decoder. Runs in Node and in a browser: `read(path)` gives the bytes of a file
  * whose path is relative to manifest.json. Gives a list of failures, one line each, and the number of streams.
  */
-import { decodeGrids, decodeLatent } from "../src/latent.js";
+import { decodeGrids, decodeLatent, readHeader } from "../src/latent.js";
 
 export async function runSuite(read) {
   const manifest = JSON.parse(new TextDecoder().decode(await read("manifest.json")));
@@ -12,6 +12,10 @@ export async function runSuite(read) {
     streams++;
     try {
       const bytes = await read(path);
+      const header = await summary(readHeader(bytes));
+      for (const [field, value] of Object.entries(header)) {
+        if (JSON.stringify(value) !== JSON.stringify(expected.header[field])) failures.push(`${path}: ${field} is ${value}`);
+      }
       const digest = await sha256(bigEndian(decodeGrids(bytes)));
       if (digest !== expected.grids_sha256) failures.push(`${path}: other grids`);
       const latent = decodeLatent(bytes);
@@ -41,6 +45,25 @@ export async function runSuite(read) {
     }
   }
   return { failures, streams };
+}
+
+/** A header in the manifest's words. */
+async function summary(header) {
+  const { version, width, height, channels, space, imageDecoder } = header;
+  const metadata = {};
+  for (const [name, bytes] of Object.entries({ icc_profile: header.icc, exif: header.exif, xmp: header.xmp })) {
+    if (bytes) metadata[name] = await sha256(bytes);
+  }
+  return {
+    version,
+    width,
+    height,
+    latent_space: space,
+    channels,
+    function: header.function,
+    image_decoder: imageDecoder,
+    metadata_sha256: metadata,
+  };
 }
 
 /** The manifest's form of grids: every value in four bytes, big-endian. */
