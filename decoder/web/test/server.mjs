@@ -25,6 +25,7 @@ export async function serve(folders, { port = 0, policy, pages = {}, slow = "?" 
   const server = createServer(async (request, response) => {
     const { pathname } = new URL(request.url, "http://localhost");
     requests.push(pathname);
+    if (pathname === "/favicon.ico") return response.writeHead(204).end();
     const headers = { "cache-control": "max-age=600", "access-control-allow-origin": "*" };
     if (policy) headers["content-security-policy"] = policy;
     try {
