@@ -3,9 +3,9 @@
     python decoder/web/make/weights.py
 
 A file: the length of a JSON header (4 bytes, little-endian), the header, spaces up to a multiple of 16 bytes; then for
-each layer its scales and biases (float32, one for each output) and its weights (int8 or int16, outputs x inputs x 3 x 3).
-The header names the decoder, its latent space, the SHA-256 of the ONNX file, and the layers. Each layer's input is the
-output of the one before; `add`: to its output, the input of the layer before is added.
+each layer its scales and biases (float32, one for each output) and its weights (int8 or int16, outputs x inputs x 3
+x 3). The header names the decoder, its latent space, the SHA-256 of the ONNX file, and the layers. Each layer's input
+is the output of the one before; `add`: to its output, the input of the layer before is added.
 
 The outputs of a layer before a pixel shuffle are put into the order (row, column, channel), so that each pixel's are
 neighbours. The last layer gets a fourth channel, opaque, and its values are grey levels.

@@ -35,13 +35,26 @@ export async function decodeImage(bytes, { decoder, ort, maxPixels } = {}, loadO
 }
 
 async function shippedPainter(space) {
-  const weights = WEIGHTS[space]?.();
+  const weights = WEIGHTS[space];
   if (!weights) fail("model", `no image decoder for latent space ${space} comes with clric; give one as "decoder"`);
   if (!painters.has(space)) {
     const wasm = new URL("./painter.wasm", import.meta.url);
-    const painter = Promise.all([download(wasm), download(weights)]).then((files) => makePainter(...files));
+    const painter = startPainter(wasm, weights());
     painters.set(space, painter);
     painter.catch(() => painters.delete(space)); // a download that failed is tried again with the next image
   }
   return painters.get(space);
+}
+
+async function startPainter(wasm, weights) {
+  const files = await Promise.all([download(wasm), download(weights)]);
+  try {
+    return await makePainter(...files);
+  } catch (error) {
+    return fail(
+      "model",
+      `the image decoder at ${wasm} cannot be started (${error.message}); a bundler must copy it as it is, ` +
+        "a content security policy must allow 'wasm-unsafe-eval', and the browser must know WebAssembly SIMD",
+    );
+  }
 }

@@ -239,6 +239,58 @@ for (const [origin, expectErrors] of [["own", false], ["another", false]]) {
   });
 }
 
+test("a policy without WebAssembly is an error that says what to allow", { skip }, async () => {
+  const strict = await serve(folders, { policy: "default-src 'self'", pages });
+  await withPage("/empty", async (page) => {
+    const error = await page.evaluate(async (photo) => {
+      const { decode } = await import("/package/src/index.js");
+      return decode(await (await fetch(photo)).arrayBuffer()).catch(({ code, message }) => ({ code, message }));
+    }, PHOTO);
+    assert.equal(error.code, "model");
+    assert.match(error.message, /'wasm-unsafe-eval'/);
+  }, { address: strict.address, expectErrors: true }); // Chromium logs what the policy refuses
+  strict.close();
+});
+
+test("the page of `make web` compares by keyboard, and decodes a visitor's file", { skip }, async () => {
+  const photo = {
+    name: "photo",
+    width: 131,
+    height: 77,
+    original: "side-by-side.jpg",
+    clric: { file: "vectors/size-odd-131x77.clric", bytes: 600 },
+    preview: { file: "vectors/size-odd-131x77.clric", bytes: 600 },
+  };
+  const gallery = await serve(
+    {
+      "/made/vectors/": new URL("valid/", folders["/conformance/"]),
+      "/made/": new URL("../../../docs/", here),
+      "/src/": new URL("../src/", here),
+      "/weights/": new URL("../weights/", here),
+      "/thumbhash/": new URL("../node_modules/thumbhash/", here),
+      "/": new URL("../gallery/", here),
+    },
+    {
+      policy: "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' blob: data:",
+      pages: { "/": readFileSync(new URL("../gallery/index.html", here)), "/made/photos.json": JSON.stringify([photo]) },
+    },
+  );
+  await withPage("/", async (page) => {
+    await page.waitForFunction(() => document.documentElement.dataset.ready === "");
+    const slider = page.getByRole("slider", { name: /photo/ });
+    await slider.focus();
+    for (let i = 0; i < 5; i++) await page.keyboard.press("ArrowRight");
+    assert.equal(await slider.inputValue(), "55");
+    assert.equal(await page.evaluate(() => getComputedStyle(document.querySelector(".seam")).left !== "0px"), true);
+    const bytes = readFileSync(new URL("valid/size-odd-131x77.clric", folders["/conformance/"]));
+    await page.getByLabel(/Drop a/).setInputFiles({ name: "mine.clric", mimeType: "", buffer: bytes });
+    await page.getByText(/mine.clric: 131 x 77/).waitFor();
+    await page.getByLabel(/Drop a/).setInputFiles({ name: "cut.clric", mimeType: "", buffer: bytes.subarray(0, 50) });
+    await page.getByText(/cut.clric: wrong checksum/).waitFor();
+  }, { address: gallery.address });
+  gallery.close();
+});
+
 test("the weights are those of the ONNX files that are shipped", () => {
   for (const name of ["small", "lite"]) {
     const manifest = JSON.parse(readFileSync(new URL(`../../clric_decoder/weights/${name}.json`, here)));
