@@ -75,6 +75,18 @@ def test_pipes(run: Run, stream: bytes, toy: list[str], toy_models: Path) -> Non
     np.testing.assert_array_equal(pixels(result.stdout), decode(stream, vae="toy", models=toy_models))
 
 
+def test_a_stream_that_another_decoder_shows_is_said(
+    run: Run, file: Path, make_stream: Callable[..., bytes], toy: list[str]
+) -> None:
+    file.write_bytes(make_stream(45, 33, image_decoder=1))
+    result = run("clric-dec", file.name, *toy)
+    assert (result.returncode, file.with_suffix(".png").exists()) == (0, True)
+    assert result.stderr == b"clric-dec: photo.clric: note: trained for the image decoder lite, shown by toy\n"
+    file.with_suffix(".png").unlink()
+    result = run("clric-dec", file.name)  # lite, which comes with clric
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_several_inputs_go_to_a_folder_and_a_bad_one_stops_none(
     run: Run, tmp_path: Path, file: Path, stream: bytes, toy: list[str]
 ) -> None:
