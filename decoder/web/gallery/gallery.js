@@ -26,7 +26,7 @@ function comparison(photo) {
   const slider = find("input");
   const tag = find(".tag.right");
   const facts = find("dl");
-  const sources = { original: photo.original, avif: photo.avif?.file };
+  const sources = { original: photo.original.file, avif: photo.avif?.file };
 
   for (const image of [other, clric]) {
     image.width = photo.width;
@@ -84,7 +84,7 @@ async function preview(photo) {
     image.height = photo.height;
   }
   figure.querySelector("figcaption").textContent = photo.name;
-  original.src = `made/${photo.original}`;
+  original.src = `made/${photo.original.file}`;
   original.alt = `${photo.name}, the original`;
   clric.src = `made/${photo.preview.file}`;
   clric.alt = `${photo.name}, clric in ${photo.preview.bytes} bytes`;
@@ -93,6 +93,7 @@ async function preview(photo) {
   await shown(original);
   const hash = thumbHash(original);
   blurred.src = thumbHashToDataURL(hash);
+  blurred.style.aspectRatio = `${photo.width} / ${photo.height}`; // its own is rounded
   blurred.alt = `${photo.name}, ThumbHash`;
   hashBytes.textContent = `ThumbHash, ${hash.length} bytes`;
 }
@@ -153,6 +154,7 @@ function acceptFiles() {
 acceptFiles();
 const photos = await (await fetch("made/photos.json")).json();
 const comparisons = photos.map(comparison);
+document.querySelector("main").classList.remove("waiting");
 document.getElementById("gallery").append(...comparisons.map(({ figure }) => figure));
 await Promise.all(photos.map(preview));
 for (const { describe } of comparisons) await describe(); // one after another, so that the times are of quiet moments

@@ -257,7 +257,7 @@ test("the page of `make web` compares by keyboard, and decodes a visitor's file"
     name: "photo",
     width: 131,
     height: 77,
-    original: "side-by-side.jpg",
+    original: { file: "side-by-side.jpg", bytes: 1 },
     clric: { file: "vectors/size-odd-131x77.clric", bytes: 600 },
     preview: { file: "vectors/size-odd-131x77.clric", bytes: 600 },
   };
