@@ -15,7 +15,7 @@ def node_tests(*files: str) -> None:
     """Runs test files with Node; their output is shown where they fail."""
     node = shutil.which("node")
     if node is None:
-        pytest.skip("Node is missing: apt-get install nodejs npm (20 or later)")
+        pytest.skip("Node is missing: apt-get install nodejs npm (18 or later)")
     done = subprocess.run([node, "--test", *files], cwd=WEB, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
