@@ -113,7 +113,7 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(grad_vectors), grad_packed)
     got = layout.split(grad_packed)
     wide, others = torch.zeros(2, layout.rows, layout.stride, 2), torch.zeros_like(grad_vectors)
-    grid_bits.backward(packing.split(others), wide[..., 0])  # to what is not contiguous
+    counted.backward(packing.split(others), wide[..., 0])  # to what is not contiguous
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(others), wide[..., 0])
     torch.testing.assert_close(wide[..., 0], grad_packed, rtol=1e-6, atol=1e-8)
 
