@@ -318,7 +318,7 @@ def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> i
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:
     """Writes the files, and gives a line about each. Raises ClricError, whatever goes wrong."""
-    if find_autoencoder(name).kind in ("lite", "small"):
+    if find_autoencoder(name.partition("@")[0]).kind in ("lite", "small"):
         raise ClricError(f"the decoder of {name} comes with clric as ONNX: there is nothing to export")
     with _libraries():
         from .onnx import write_network  # torch takes seconds to import, --help should not
