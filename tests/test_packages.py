@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,9 @@ def test_what_the_base_wheel_lacks_is_named(
         assert result.returncode == 1
         assert f"pip install '{extra}'" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["clric-enc", "clric-dec", "clric-bench", "clric-export"])
+def test_every_command_says_its_version(run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str) -> None:
+    result = run(command, "--version")
+    assert (result.returncode, result.stdout.decode()) == (0, f"{command} {version('clric')}\n")

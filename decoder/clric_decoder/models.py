@@ -173,7 +173,7 @@ def find_autoencoder(name: str) -> Autoencoder:
     for autoencoder in AUTOENCODERS.values():
         if name == autoencoder.name or name in autoencoder.aliases:
             return autoencoder
-    raise ModelError(f"autoencoder {name!r} is not known; name one of {', '.join(AUTOENCODERS)}")
+    raise ModelError(f"autoencoder {name!r} is not known; use one of {', '.join(AUTOENCODERS)}")
 
 
 def cache_folder() -> Path:
@@ -189,7 +189,7 @@ def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
     folders = []
     if models is not None:
         if not os.path.isdir(models):
-            raise ModelError(f"models folder {models} does not exist or is no folder")
+            raise ModelError(f"models folder {models} is not a folder")
         folders.append(Path(models))
     folders += [Path(folder) for folder in os.environ.get("CLRIC_MODELS", "").split(os.pathsep) if folder]
     return [*folders, cache_folder(), WEIGHTS]
@@ -260,11 +260,11 @@ def check_manifest(path: Path, half: Half) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     if manifest.get("half", half) != half:
-        raise ModelError(f"{path} holds an autoencoder's {manifest['half']}, not its {half}")
+        raise ModelError(f"{path} is an image {manifest['half']}, not an image {half}")
     digest = file_sha256(path)
     if digest != manifest["sha256"]:
         raise ModelError(
-            f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 {digest[:16]},"
+            f"{path} does not match {path.with_suffix('.json').name} (sha256 {digest[:16]},"
             f" expected {manifest['sha256'][:16]}); export or download it again"
         )
     return manifest
@@ -280,7 +280,7 @@ def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[
         return
     known = [autoencoder.name for autoencoder in AUTOENCODERS.values() if autoencoder.space == space]
     fitting = list(dict.fromkeys(known + _local_decoders(space, models)))
-    advice = f"decoders that fit: {', '.join(fitting)}" if fitting else "none is known here: ask its sender for one"
+    advice = f"compatible decoders: {', '.join(fitting)}" if fitting else "no compatible decoder is known"
     raise ModelError(
         f"decoder {manifest['name']} is of latent space {manifest['latent_space']}, the stream is of {space}; {advice}"
     )
@@ -318,13 +318,13 @@ def _read_manifest(onnx: Path) -> dict[str, Any]:
         )
     manifest = _load_json(path)
     if manifest is None:
-        raise ModelError(f"manifest {path} is no JSON object; export the decoder again with clric-export")
+        raise ModelError(f"manifest {path} is not a JSON object; export the decoder again with clric-export")
     for field, kind in _MANIFEST_FIELDS.items():
         if field not in manifest or not isinstance(manifest[field], kind):
             raise ModelError(f"manifest {path} has no valid {field!r}; export again with clric-export")
     halo, space = manifest["halo"], LATENT_SPACES.get(manifest["latent_space"])
     if halo is not None and not 0 <= halo <= _HALO_LIMIT:
-        raise ModelError(f"manifest {path} has a halo of {halo}, which is not within 0 to {_HALO_LIMIT}")
+        raise ModelError(f"manifest {path} has a halo of {halo}; it must be 0 to {_HALO_LIMIT}")
     if space is not None and manifest["channels"] != space.channels:
         raise ModelError(f"manifest {path} has {manifest['channels']} channels, {space.name} has {space.channels}")
     return manifest

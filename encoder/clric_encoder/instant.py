@@ -76,7 +76,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     """
     path, manifest = find_encoder(name)
     if manifest["latent_space"] != _SPACE:
-        raise ClricError(f"preset instant has networks for the latent space {_SPACE} alone; use another preset")
+        raise ClricError(f"preset instant supports only the latent space {_SPACE}; use another preset")
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -86,7 +86,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ClricError(f"{path} cannot be loaded ({one_line(error)}); install clric again") from error
+        raise ClricError(f"{path} cannot be loaded ({one_line(error)}); reinstall clric") from error
 
     def network(pixels: np.ndarray) -> np.ndarray:
         (latent,) = session.run(["latent"], {"image": pixels})
@@ -151,9 +151,9 @@ def _of_size(latent: np.ndarray, width: int, height: int, limit: int) -> Encoded
             return best
     assert smallest is not None
     if best is None:
-        note = f"no stream of {limit} bytes was found; the smallest has {len(smallest.data)}"
+        note = f"target of {limit} bytes not reached: the smallest stream has {len(smallest.data)} bytes"
         return Encoded(smallest.data, smallest.lmbda, smallest.latent_mse, note)
-    note = f"no use was found for {limit} bytes; the stream has {len(best.data)}"
+    note = f"target of {limit} bytes not reached: quality saturates at {len(best.data)} bytes"
     return Encoded(best.data, best.lmbda, best.latent_mse, note)
 
 

@@ -120,7 +120,7 @@ def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None
             layers = _tiny_vae(autoencoder, path).decoder.layers
         else:
             state = {_without_clamp(key): tensor for key, tensor in _read_weights(path).items()}
-            layers = _tiny_decoder(channels, state, f"{path} holds no decoder of {autoencoder.name}")
+            layers = _tiny_decoder(channels, state, f"{path} is not a valid decoder of {autoencoder.name}")
         module, halo = TinyDecoder(layers), receptive_halo(layers)
     return _of_autoencoder(autoencoder, "decoder", halo, module)
 
@@ -305,7 +305,7 @@ def _tiny_encoder(kind: str, channels: int, path: Path, what: str) -> nn.Sequent
     try:
         layers.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} holds no {what}: {brief(error)}") from error
+        raise ModelError(f"{path} is not a valid {what}: {brief(error)}") from error
     return layers
 
 
@@ -365,7 +365,7 @@ def _load_distilled_encoder(path: Path) -> Network:
     except FileNotFoundError as error:
         raise ModelError(f"encoder file {path} does not exist") from error
     except Exception as error:  # safetensors' own, OSError, KeyError
-        raise ModelError(f"{path} is no encoder of clric-export distill: {brief(error)}") from error
+        raise ModelError(f"{path} is not an encoder made by clric-export distill: {brief(error)}") from error
     module = _tiny_encoder("lite", space.channels, path, "encoder of clric-export distill")
     manifest = {"name": path.stem, "latent_space": space.name, "channels": space.channels, "halo": None}
     return _of_manifest(manifest, "encoder", module)
@@ -406,7 +406,7 @@ def _load_state(layers: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 
 def _unknown(path: Path) -> str:
-    return f"{path} is no network that clric-export made: gradients cannot pass through it"
+    return f"{path} was not made by clric-export, so that its gradients are not available"
 
 
 def _small_shape(state: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -478,7 +478,7 @@ def _find(name: str) -> tuple[Autoencoder, bool]:
     if not at:
         return autoencoder, False
     if not revision:
-        raise ModelError(f"{name} names no revision after the @; leave out the @, or name a branch, tag or commit")
+        raise ModelError(f"{name} has no revision after the @; use NAME, or NAME@ with a branch, tag or commit")
     if autoencoder.hub_repo is None:
         raise ModelError(f"{base} is not loaded from the Hugging Face hub, so it has no revision {revision!r}")
     return replace(autoencoder, hub_revision=revision, hub_sha256=None), True
@@ -505,8 +505,8 @@ def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[
     _, weights = map(Path, paths)
     if autoencoder.hub_sha256 is not None and (digest := file_sha256(weights)) != autoencoder.hub_sha256:
         raise ModelError(
-            f"{weights} is not what {repo} has at {autoencoder.hub_revision} (sha256 {digest[:16]}, expected"
-            f" {autoencoder.hub_sha256[:16]}); remove it, to have it downloaded again"
+            f"{weights} does not match {repo} at {autoencoder.hub_revision} (sha256 {digest[:16]}, expected"
+            f" {autoencoder.hub_sha256[:16]}); delete it and download it again"
         )
     return weights.parent
 
@@ -516,12 +516,12 @@ def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
     try:
         vae = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).float()
     except Exception as error:  # diffusers and safetensors share no base class for what a damaged file does
-        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {brief(error)}") from error
+        raise ModelError(f"{folder} is not a valid {autoencoder.name} in diffusers layout: {brief(error)}") from error
     channels = LATENT_SPACES[autoencoder.space].channels
     if vae.config.latent_channels != channels:
         raise ModelError(
             f"{folder} has {vae.config.latent_channels} latent channels, {autoencoder.name} has {channels}:"
-            " it is another model"
+            " it is a different model"
         )
     return vae
 

@@ -199,7 +199,7 @@ def test_damaged_weights_are_one_clear_error(file: str, tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_refused(shared: Path, kl_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taesd3_encoder.safetensors").symlink_to(shared / "models/taesd/taesd_encoder.safetensors")
-    with pytest.raises(ModelError, match=r"taesd3_encoder\.safetensors holds no encoder of taesd3"):
+    with pytest.raises(ModelError, match=r"taesd3_encoder\.safetensors is not a valid encoder of taesd3"):
         load_encoder("taesd3", tmp_path)
     AutoencoderKL(**{**REDUCED_KL, "latent_channels": 16}).save_pretrained(tmp_path / "sd14")
     with pytest.raises(ModelError, match="16 latent channels, sd14 has 4"):
@@ -258,12 +258,12 @@ def test_the_hub_s_files_are_of_one_commit_and_checked(tmp_path: Path) -> None:
     assert load("taesd", sums[pinned]) == first_weights[pinned]
     message = load("taesd")
     assert message.count("\n") == 1
-    assert f"is not what madebyollin/taesd has at {pinned} (sha256 {sums[pinned][:16]}, expected db169d69" in message
+    assert f"does not match madebyollin/taesd at {pinned} (sha256 {sums[pinned][:16]}, expected db169d69" in message
     assert load("taesd@main") == load(f"madebyollin/taesd@{other}") == first_weights[other]
     missing = load("taesd@" + "1" * 40)
     assert missing.startswith("the encoder weights of taesd are missing: ")
     assert missing.endswith(f"--revision {'1' * 40}\n")
-    assert load("taesd@").startswith("taesd@ names no revision")
+    assert load("taesd@").startswith("taesd@ has no revision after the @")
     assert load("taef2@main") == "taef2 is not loaded from the Hugging Face hub, so it has no revision 'main'\n"
 
 
