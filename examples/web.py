@@ -55,7 +55,7 @@ def main() -> None:
 
 def make(photo: Path) -> dict:
     """The files of one photo, as the page wants to know them."""
-    original, _ = read_image(photo)
+    original = read_image(photo).pixels
     height, width = original.shape[:2]
     decoder = json.loads((ROOT / "decoder/clric_decoder/weights/small.json").read_text())["sha256"]
 

@@ -122,8 +122,8 @@ def load_tuning(
     decoder = load_decoder(tune, models, device)
     if decoder.space != space:
         raise ModelError(
-            f"--tune {tune} decodes the latent space {decoder.space}, and the latent is of {space};"
-            " name a decoder of this space, or none"
+            f"--tune {tune} decodes the latent space {decoder.space}, but the latent space is {space};"
+            f" use a decoder of {space}, or none"
         )
     perceptual: PerceptualDistance
     if lpips is not None:
@@ -214,8 +214,8 @@ def encode_latents(
         seconds = distortion.seconds() * PRESETS[preset].tuning.looks
         if seconds > LONG:
             warn(
-                f"training through the image decoder {tuning.decoder.name} takes about {seconds / 60:.0f} min"
-                " (--tune none goes without)"
+                f"tuning through the image decoder {tuning.decoder.name} takes about {seconds / 60:.0f} min"
+                " (--tune none skips it)"
             )
     limits = [rate.bytes(count) for count in pixels]
     functions = overfit(
@@ -236,9 +236,9 @@ def encode_latents(
         error = float(np.square(decode_checked(data, function.networks, function.grids) - latent).mean())
         note = None
         if limit is not None and len(data) > limit:
-            note = f"no stream of {limit} bytes was found; the smallest has {len(data)}"
+            note = f"target of {limit} bytes not reached: the smallest stream has {len(data)} bytes"
         elif limit is not None and len(data) < MIN_FILL * limit:
-            note = f"no use was found for {limit} bytes; the stream has {len(data)}"
+            note = f"target of {limit} bytes not reached: quality saturates at {len(data)} bytes"
         result.append(Encoded(data, function.lmbda, error, note))
     return result
 

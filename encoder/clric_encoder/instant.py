@@ -77,7 +77,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     """
     path, manifest = find_encoder(name)
     if manifest["latent_space"] != _SPACE:
-        raise ClricError(f"preset instant has networks for the latent space {_SPACE} alone; use another preset")
+        raise ClricError(f"preset instant supports only the latent space {_SPACE}; use another preset")
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -87,7 +87,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ClricError(f"{path} cannot be loaded ({one_line(error)}); install clric again") from error
+        raise ClricError(f"{path} cannot be loaded ({one_line(error)}); reinstall clric") from error
 
     def network(pixels: np.ndarray) -> np.ndarray:
         (latent,) = session.run(["latent"], {"image": pixels})
@@ -175,8 +175,8 @@ def _of_size(attempt: Callable[..., _Attempt], limit: int) -> tuple[_Attempt, st
         low, high, chosen = math.log(best.lmbda / 8), math.log(best.lmbda), best.chosen
     assert smallest is not None
     if best is None:
-        return smallest, f"no stream of {limit} bytes was found; the smallest has {len(smallest.data)}"
-    return best, f"no use was found for {limit} bytes; the stream has {len(best.data)}"
+        return smallest, f"target of {limit} bytes not reached: the smallest stream has {len(smallest.data)} bytes"
+    return best, f"target of {limit} bytes not reached: quality saturates at {len(best.data)} bytes"
 
 
 def _attempt(

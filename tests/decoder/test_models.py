@@ -66,7 +66,7 @@ def test_folders_and_files_without_permission(tmp_path: Path) -> None:
 def test_aliases_name_the_same_autoencoder() -> None:
     assert models.find_autoencoder("CompVis/stable-diffusion-v1-4").name == "sd14"
     assert models.find_autoencoder("stable-diffusion-2-inpainting").name == "sd2-inpainting"
-    with pytest.raises(ModelError, match=r"'taesd4' is not known; name one of small, lite, sd14, .*taef2"):
+    with pytest.raises(ModelError, match=r"'taesd4' is not known; use one of small, lite, sd14, .*taef2"):
         models.find_autoencoder("taesd4")
 
 
@@ -125,10 +125,10 @@ def test_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "is no JSON object"),
-        ("{", "is no JSON object"),
-        ("[" * 50_000, "is no JSON object"),
-        ("{}" + " " * 70_000, "is no JSON object"),
+        ("[]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        ("[" * 50_000, "is not a JSON object"),
+        ("{}" + " " * 70_000, "is not a JSON object"),
         ('{"name": "mine"}', "no valid 'latent_space'"),
     ],
 )
@@ -153,8 +153,8 @@ def test_wrong_space_is_refused_with_what_would_fit(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         models.check_space(manifest, "sdxl", tmp_path)
     assert "taesd is of latent space sd1, the stream is of sdxl" in str(caught.value)
-    assert str(caught.value).endswith("decoders that fit: sdxl-refiner, taesdxl, small-sdxl")
-    with pytest.raises(ModelError, match="the stream is of custom-0001020304050607; none is known here"):
+    assert str(caught.value).endswith("compatible decoders: sdxl-refiner, taesdxl, small-sdxl")
+    with pytest.raises(ModelError, match="the stream is of custom-0001020304050607; no compatible decoder is known"):
         models.check_space(manifest, "custom-0001020304050607")
 
 

@@ -90,7 +90,7 @@ def test_lpips_of_a_known_pair(shared: Path) -> None:
 
 
 def test_lpips_without_its_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no LPIPS weights"):
+    with pytest.raises(ModelError, match="does not contain LPIPS weights"):
         Lpips(tmp_path)
 
 
@@ -280,5 +280,5 @@ def test_streams_of_the_photos_are_used(teacher: Path, photos: Path, tmp_path: P
 
 
 def test_too_few_photos_is_one_clear_error(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClricError, match="holds 0 photos with sides of at least 192: hundreds are needed"):
+    with pytest.raises(ClricError, match="contains only 0 photos with sides of at least 192; hundreds are needed"):
         distill("taesd", teacher, tmp_path, models=teacher)
