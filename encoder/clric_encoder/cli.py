@@ -83,7 +83,7 @@ class _Bytes(click.ParamType):
 @click.option(
     "--quality",
     type=click.FloatRange(0, 100),
-    help="0 (smallest) to 100 (best): lambda is 0.5 * 10^((50 - quality) / 40).  [default: 50]",
+    help="0 (smallest) to 100 (best): lambda is 0.5 * 10^((50 - quality) / 40).  [default: 75]",
 )
 @click.option("--lambda", "lmbda", type=float, help="Lagrangian weight of the rate: loss = latent MSE + lambda * bpp.")
 @click.option("--bpp", type=float, help="Target rate in bits per pixel; a file is at most 3 % smaller.")

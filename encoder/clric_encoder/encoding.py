@@ -62,7 +62,7 @@ def encode(
 ) -> bytes:
     """The stream of an image (H, W, 3) uint8 RGB, sRGB unless the metadata has an ICC profile.
 
-    lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (50 where nothing is given); or the
+    lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (75 where nothing is given); or the
     largest size in bytes, or in bits per pixel, which the file comes to within 3 %. A size that cannot be met is warned
     of (UserWarning), and so is a training that takes minutes.
     vae, models: the autoencoder by name, and a folder to look for its weights in first.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clric_decoder.errors import ClricError
 
-DEFAULT_QUALITY = 50.0
+DEFAULT_QUALITY = 75.0
 MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
 ONE_RATE = "lambda, quality, bytes and bpp are mutually exclusive; give one of them"
 
