@@ -7,14 +7,13 @@ Some dozens in the suite; any number by hand:
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from clric_decoder import StreamError, bitstream, entropy
+from clric_decoder import bitstream, entropy
 from clric_decoder.bitstream import (
     METADATA,
     REGISTERED_FUNCTIONS,
@@ -29,7 +28,7 @@ from clric_decoder.networks import BICUBIC, Parameters, decode_networks, paramet
 from clric_decoder.registered_networks import registered_networks
 from clric_decoder.synthesis import synthesize
 from conformance import reference_decoder
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 COUNT = int(os.environ.get("CLRIC_DRAWN_STREAMS", "80"))
@@ -144,10 +143,7 @@ def largest_sum(expected: reference_decoder.Decoded) -> float:
             distances = (np.abs(defaults + np.array(integers) / 2**exponent) - defaults) * 2**15
             groups[name] = reference_decoder.Group(name, 15, np.rint(distances).astype(int).tolist())
     grids = [abs(grid) for grid in expected.grids]
-    try:
-        return float(reference_decoder.compute_latent(expected.header.architecture, groups, grids).max())
-    except reference_decoder.StreamError:
-        return np.inf
+    return float(reference_decoder.compute_latent(expected.header.architecture, groups, grids).max())
 
 
 @settings(
@@ -171,15 +167,7 @@ def test_product_and_reference_decode_what_was_drawn(stream: Stream, python_code
         assert np.array_equal(ours.integers, drawn.integers), ours.group.name
     assert all(map(np.array_equal, grids, stream.grids))
 
-    latent = expected = None
-    with contextlib.suppress(StreamError):
-        latent = synthesize(grids, networks, header.architecture)
-    with contextlib.suppress(reference_decoder.StreamError):
-        expected = reference_decoder.decode(stream.data)
-    if expected is None:
-        event("latent not finite")
-        assert latent is None
-        return
+    expected = reference_decoder.decode(stream.data)
     described = expected.header
     fingerprint = f"-{described.fingerprint.hex()}" if described.fingerprint else ""
     assert described.space + fingerprint == header.space
@@ -190,11 +178,7 @@ def test_product_and_reference_decode_what_was_drawn(stream: Stream, python_code
         assert theirs == (ours.group.name, ours.exponent, ours.integers.reshape(-1).tolist())
     assert all(map(np.array_equal, expected.grids, grids))
 
-    largest = largest_sum(expected)
-    if latent is None:
-        event("something on the way not finite")
-        assert largest > np.finfo(np.float32).max
-        return
     # Section 9's tolerance, unless large terms cancel each other, as in no stream of the suite
-    tolerance = max(1e-4 * max(1, np.abs(expected.latent).max()), 1e-5 * largest)
+    tolerance = max(1e-4 * max(1, np.abs(expected.latent).max()), 1e-5 * largest_sum(expected))
+    latent = synthesize(grids, networks, header.architecture)
     assert np.abs(latent - expected.latent).max() <= tolerance
