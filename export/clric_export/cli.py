@@ -232,7 +232,7 @@ def train(
 @click.option("--vae", default="small", show_default=True, help="Autoencoder.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
-    """Train the networks that streams of preset instant name: network_sets.json.
+    """Train the networks that streams of preset instant name: registered_networks.json.
 
     Takes some minutes on a CPU.
     """
