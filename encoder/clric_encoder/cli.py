@@ -86,9 +86,9 @@ class _Bytes(click.ParamType):
     help="0 (smallest) to 100 (best): lambda is 0.5 * 10^((50 - quality) / 40).  [default: 75]",
 )
 @click.option("--lambda", "lmbda", type=float, help="Lagrangian weight of the rate: loss = latent MSE + lambda * bpp.")
-@click.option("--bpp", type=float, help="Target rate in bits per pixel; a file is at most 3 % smaller.")
+@click.option("--bpp", type=float, help="Target rate in bits per pixel; files are at most 3 % smaller (instant: 15 %).")
 @click.option(
-    "--bytes", "size", type=_Bytes(), help="Target file size, such as 5000, 8kB or 8KiB; a file is at most 3 % smaller."
+    "--bytes", "size", type=_Bytes(), help="Target file size, such as 5000, 8kB or 8KiB; likewise at most 3 % smaller."
 )
 @click.option(
     "--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder: a name or an encoder's file."

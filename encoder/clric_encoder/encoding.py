@@ -18,6 +18,7 @@ from .autoencoder import fast_dtype, load_decoder, load_encoder
 from .instant import INSTANT, encode_instantly
 from .rate import Rate, choose_rate
 from .stream import Encoded, check_image, check_latent, decode_checked, write_stream
+from .torch_threads import settle
 from .training.distortion import ImageDecoder, ImageDistortion
 from .training.features import LpipsVgg, PerceptualDistance, load_features
 from .training.loop import Function, Report, overfit
@@ -76,6 +77,7 @@ def encode(
         return encode_instantly(image, vae=vae, lmbda=lmbda, quality=quality, size=size, bpp=bpp, metadata=metadata)
     height, width = check_image(image)
     rate = choose_rate(lmbda, quality, size, bpp)
+    settle()
     device = find_device(device)
     encoder = load_encoder(vae, models=models, device=device)
     tuning = load_tuning(tune, encoder.space, preset, models=models, lpips=lpips, device=device)
@@ -190,6 +192,7 @@ def encode_latents(
     (height, width, 3) uint8. metadata: of each image; none where it is empty. device: cpu or cuda. warn: called before
     a training that takes minutes. Raises ClricError.
     """
+    settle()
     if preset not in PRESETS:
         raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
     pixels = [width * height for width, height in sizes]

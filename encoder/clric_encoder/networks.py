@@ -410,7 +410,7 @@ def _load_state(layers: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 
 def _unknown(path: Path) -> str:
-    return f"{path} was not made by clric-export, so that its gradients are not available"
+    return f"{path} was not made by clric-export; decoders from elsewhere cannot be trained through"
 
 
 def _small_shape(state: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:

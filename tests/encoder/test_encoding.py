@@ -17,7 +17,7 @@ import torch
 from clric_decoder import ClricError, StreamError, decode_latent, read_header
 from clric_decoder.latent import decode_grids
 from clric_decoder.networks import mac_per_pixel
-from clric_encoder import encode, encode_latent
+from clric_encoder import encode, encode_latent, torch_threads
 from clric_encoder.encoding import encode_latents
 from clric_encoder.model import backends
 from clric_encoder.model.function import Packing
@@ -184,6 +184,30 @@ def test_trainings_in_threads_change_nothing_for_other_threads() -> None:
     assert len(seen) > 4
     assert {*seen, new_thread()} == {2}
     assert [streams[number] for number in range(2)] == [coded(latent) for latent in latents]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_that_begins_to_encode_takes_no_other_s_number_of_threads() -> None:
+    seen, done = [], threading.Event()
+
+    def begin() -> None:
+        torch_threads.settle()
+        seen.append(torch.get_num_threads())
+
+    def change() -> None:
+        while not done.is_set():
+            with torch_threads.torch_threads(1):
+                pass
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    for _ in range(300):
+        beginning = threading.Thread(target=begin)
+        beginning.start()
+        beginning.join()
+    done.set()
+    changing.join()
+    assert seen == [2] * 300
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
             assert one.read_bytes() == other.read_bytes()
     log = [json.loads(line) for line in (tmp_path / "stopped/decoder/log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log] == [2, 4]
-    with pytest.raises(ModelError, match=r"checkpoint\.pt is of a run with other settings"):
+    with pytest.raises(ModelError, match=r"checkpoint\.pt belongs to a run with other settings"):
         distill("taesd", photos, tmp_path / "stopped", iterations=6, models=teacher)
 
     # What it leaves is what the commands take, and stored in a quarter of the bytes.

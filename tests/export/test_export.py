@@ -208,7 +208,7 @@ def test_a_tampered_export_is_refused(shared: Path, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ModelError, match=r"taesd\.onnx is not the file that taesd\.json describes"):
+    with pytest.raises(ModelError, match=r"taesd\.onnx does not match taesd\.json"):
         find_decoder("taesd", tmp_path)
 
 

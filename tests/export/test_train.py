@@ -144,7 +144,7 @@ def test_crops_of_streams_lie_where_their_photos_do(photos: Path, tmp_path: Path
     names = [file.stem for file in photos.iterdir()]
     for name in names:
         (tmp_path / f"{name}.clric").write_bytes((tmp_path / "0.clric").read_bytes())
-    with pytest.raises(ClricError, match="is a stream of another image"):
+    with pytest.raises(ClricError, match="is not a stream of "):
         Crops(photos, 64, 0, tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_a_resumed_run_gives_the_same_as_an_unbroken_one(photos: Path, tmp_path:
     assert decode(stream, vae=onnx).shape == image.shape
     with pytest.raises(ModelError, match="is an image encoder, not an image decoder"):
         decode(stream, vae=encoder_onnx)
-    with pytest.raises(ModelError, match="not its encoder"):
+    with pytest.raises(ModelError, match="is an image decoder, not an image encoder"):
         load_encoder(str(onnx))
 
     with pytest.raises(ModelError, match="other settings"):
