@@ -18,12 +18,12 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         header, networks, grids = decode_grids(arguments.stream.read_bytes())
+        latent = synthesize(grids, networks, header.architecture)
     except StreamError as error:
         sys.exit(f"error: {error.kind}: {error}")
     if arguments.grids:
         arguments.grids.write_bytes(b"".join(grid.astype(">i4").tobytes() for grid in grids))
     if arguments.latent:
-        latent = synthesize(grids, networks, header.architecture)
         arguments.latent.write_bytes(np.ascontiguousarray(latent, "<f4").tobytes())
 
 
