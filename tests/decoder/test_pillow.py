@@ -244,7 +244,7 @@ def test_save_to_streams(file: Path) -> None:
 def test_save_that_fails_says_why_and_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "image.clric"
     for options, message in (
-        ({"quality": 101}, "quality 101 is not within 0 to 100"),
+        ({"quality": 101}, "quality must be 0 to 100, not 101"),
         ({"quality": 50, "bpp": 0.2}, "give one of them"),
         ({"vae": "nothing"}, "autoencoder 'nothing' is not known"),
     ):
