@@ -41,7 +41,8 @@ def test_array_pillow_image_and_path_are_one_image(photo: Image.Image, tmp_path:
 def test_rate_is_said_in_four_ways(photo: Image.Image) -> None:
     finest, coarsest = (clric.encode(photo, preset="instant", quality=quality) for quality in (90, 10))
     assert len(coarsest) < len(finest)
-    by_lambda, by_quality = (clric.encode(photo, preset="instant", **rate) for rate in ({"lmbda": 0.5}, {"quality": 50}))
+    by_lambda = clric.encode(photo, preset="instant", lmbda=0.5)
+    by_quality = clric.encode(photo, preset="instant", quality=50)
     assert by_lambda == by_quality
     assert len(clric.encode(photo, preset="instant", size=120)) <= 120
     assert clric.read_header(clric.encode(photo, preset="instant", bpp=0.3)).bpp <= 0.3
