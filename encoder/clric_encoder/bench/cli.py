@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from clric_decoder.cpus import available_cpus
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.image import take_over_pillow
 from clric_decoder.terminal import print_error, printable, run_command
@@ -71,7 +72,13 @@ def command() -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of weights of LPIPS, DISTS and FID.",
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes, of one thread each.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=available_cpus,
+    show_default="available CPUs",
+    help="Processes, of one thread each.",
+)
 def run_bench(
     images: tuple[Path, ...],
     output: Path,
