@@ -9,7 +9,7 @@ import json as json_format
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,14 @@ class _Bytes(click.ParamType):
 @click.option(
     "-f", "--force", is_flag=True, help="Of several images, encode those too whose streams are newer than they."
 )
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="local",
+    help="Encode with Ray on all CPUs or GPUs of this machine, or of a running cluster (auto, or host:port). Images and"
+    " -o may be folders such as s3://bucket/folder; see docs/cluster.md.",
+)
 @click.option("--json", is_flag=True, help="Print one line of JSON for each image to standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -113,6 +121,7 @@ def command(
     models: str | None,
     strip: bool,
     force: bool,
+    ray: str | None,
     json: bool,
     quiet: bool,
 ) -> int:
@@ -127,6 +136,30 @@ def command(
         raise click.UsageError(str(error)) from None
     if preset == INSTANT and (tune not in ("auto", "none") or lpips is not None):
         raise click.UsageError("--preset instant trains nothing: --tune and --lpips go with the other presets")
+    if ray is not None:
+        if output is None or output == STANDARD:
+            raise click.UsageError("--ray needs a folder for the streams: -o DIR")
+        if not re.fullmatch(r"local|auto|[^/]+:[0-9]+", ray):
+            raise click.UsageError(f"--ray {ray}: an address is auto or host:port; --ray alone comes after the images")
+        return _encode_with_ray(
+            images,
+            output,
+            address=None if ray == "local" else ray,
+            lmbda=rate.lmbda,
+            size=rate.size,
+            bpp=rate.bpp,
+            vae=vae,
+            preset=preset,
+            tune=tune,
+            lpips=lpips,
+            device=device,
+            seed=seed,
+            models=models,
+            strip=strip,
+            force=force,
+            json_lines=json,
+            quiet=quiet,
+        )
     places = choose_outputs(images, output, ".clric")
     if json and STANDARD in places:
         raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
@@ -157,6 +190,16 @@ def command(
     for source, message in batches.failures:
         print_error(NAME, message, source)
     return code
+
+
+def _encode_with_ray(images: Sequence[str], output: str, **arguments: Any) -> int:
+    try:
+        with libraries():
+            from .farm_command import encode_for_command
+    except ClricError as error:
+        print_error(NAME, str(error))
+        return 1
+    return encode_for_command(NAME, images, output, **arguments)
 
 
 def _is_newer(source: str, place: str) -> bool:
