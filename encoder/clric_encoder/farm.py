@@ -238,6 +238,9 @@ def _cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # encoding reports nothing to anybody
     local = {"num_cpus": available_cpus(), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
+        if address not in (None, "auto"):  # Ray would wait for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
     except Exception as error:  # of any kind: a cluster that is not there, of another version, ports that are taken
         where = f"the cluster {address} cannot be reached" if address else "no local cluster can be started"
@@ -342,9 +345,13 @@ def _run_pool(
         _EncodeFiles,
         batch_size=1,
         fn_constructor_args=(actors.settings, actors.threads, actors.gpu_share, measure, begun),
-        compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=min(actors.count, len(pieces))),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, initial_size=min(actors.count, len(pieces)), max_tasks_in_flight_per_actor=1
+        ),
         **actors.resources,
     )
+    # No piece waits behind a long one for its actor. That all actors have one must then be enough for Ray to add others.
+    data.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     for block in _blocks(data):
         yield from map(json.loads, block["line"])
 
