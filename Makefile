@@ -6,15 +6,17 @@ BIN := $(VENV)/bin
 # https://download.pytorch.org/whl/cpu offers it on Linux) and every machine tests the same one.
 TORCH := torch==2.13.0
 READY := $(VENV)/ready
+WEB_READY := decoder/web/node_modules/ready
 # Each worker computes on one thread: more would wait for each other
 WORKERS ?= 2
 
-.PHONY: demo test test-slow bench format clean
+.PHONY: demo test test-slow bench web format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: $(READY)
+# The tests of decoder/web run where Node and Chromium are; elsewhere pytest names what is missing.
+test: $(READY) $(if $(shell command -v npm 2>/dev/null),$(WEB_READY))
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,6 +33,13 @@ SAMPLE = $(shell $(BIN)/python -c 'import matplotlib; print(matplotlib.get_data_
 bench: $(READY)
 	$(BIN)/clric-bench run $(BENCH_IMAGES) -o results --jobs 2 $(addprefix --metrics ,$(wildcard ../shared/metrics))
 
+# A page of clric images beside AVIF and ThumbHash: http://localhost:8080
+WEB_IMAGES ?= $(or $(wildcard $(foreach n,04 07 15 19 20 23,../shared/data/kodak/kodim$(n).png)),$(SAMPLE))
+PORT ?= 8080
+
+web: $(READY) $(WEB_READY)
+	$(BIN)/python examples/web.py $(WEB_IMAGES) --port $(PORT)
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,5 +49,9 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' '$(TORCH)'
 	touch $@
 
+$(WEB_READY): decoder/web/package-lock.json
+	cd decoder/web && npm ci --no-audit --no-fund --ignore-scripts
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out web-out decoder/web/node_modules dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ SIDE = 224
 
 # Photo, left and top of the crop: a face, letters, foliage, a sky.
 CROPS = {"kodim04": (190, 110), "kodim08": (300, 250), "kodim13": (380, 40), "kodim20": (300, 160)}
-LAMBDA = 0.45
+LAMBDA = 0.15
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def shared() -> Path:
 def make_stream() -> MakeStream:
     """``make_stream(width, height, space="sd1")``: a valid stream of random grids, made without training."""
 
-    def make(width: int = 48, height: int = 40, space: str = "sd1") -> bytes:
+    def make(width: int = 48, height: int = 40, space: str = "sd1", image_decoder: int = 0) -> bytes:
         channels = LATENT_SPACES[space].channels
         architecture = replace(
             bitstream.registered_architecture(1),
@@ -56,6 +56,7 @@ def make_stream() -> MakeStream:
             width=width,
             height=height,
             space=space,
+            image_decoder=image_decoder,
             channels=channels,
             architecture=architecture,
             segments=encode_grids(networks, grids, architecture),

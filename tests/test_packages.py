@@ -7,6 +7,7 @@ import sys
 import venv
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,9 @@ def test_what_the_base_wheel_lacks_is_named_in_python(
         assert message.split(": ")[0].endswith(error)
         assert f"pip install '{extra}'" in message
     assert not (tmp_path / "new.clric").exists()
+
+
+@pytest.mark.parametrize("command", ["clric-enc", "clric-dec", "clric-bench", "clric-export"])
+def test_every_command_says_its_version(run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str) -> None:
+    result = run(command, "--version")
+    assert (result.returncode, result.stdout.decode()) == (0, f"{command} {version('clric')}\n")

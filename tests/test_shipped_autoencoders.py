@@ -9,8 +9,8 @@ import pytest
 import torch
 from clric_decoder import decode, read_header
 from clric_decoder.autoencoder import decode_tiled, open_decoder
-from clric_decoder.models import LATENT_SPACES
-from clric_encoder import instant
+from clric_decoder.models import LATENT_SPACES, find_decoder, image_decoder_number
+from clric_encoder import encode, instant
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.networks import load_decoder_network, load_encoder_network
 from clric_encoder.training.distortion import ms_ssim, structure
@@ -85,9 +85,23 @@ def test_a_folder_given_by_the_user_comes_first(toy_models: Path, make_stream, t
     assert not np.array_equal(own, decode(data))
 
 
-@pytest.mark.parametrize("space", ["sd1", "clric"])
-def test_tiles_are_exact(space: str) -> None:
-    decoder = open_decoder(None, space)
+@pytest.mark.parametrize(("space", "name"), [("sd1", "lite"), ("clric", "small")])
+def test_streams_can_name_the_decoders_by_the_weights_that_the_specification_has(space: str, name: str) -> None:
+    _, manifest = find_decoder(name)
+    assert image_decoder_number(manifest) == 1
+    row = f"| `{space}` | 1 | `{name}`, `{manifest['sha256']}` |"
+    assert row in Path(__file__).parent.parent.joinpath("bitstream_spec.md").read_text()
+
+
+def test_a_stream_names_the_decoder_that_it_was_trained_through() -> None:
+    photo = np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)
+    assert read_header(encode(photo, preset="fast")).image_decoder == 1
+    assert read_header(encode(photo, preset="fast", tune="none")).image_decoder == 0
+
+
+@pytest.mark.parametrize(("space", "name"), [("sd1", "lite"), ("clric", "small")])
+def test_tiles_are_exact(space: str, name: str) -> None:
+    decoder = open_decoder(name, space)
     channels = LATENT_SPACES[space].channels
     latent = np.random.default_rng(0).standard_normal((channels, 75, 33)).astype(np.float32)
     whole = decode_tiled(decoder, latent, 75 * 33)

@@ -21,7 +21,7 @@ from clric_decoder.files import read_file, stream_limit
 if TYPE_CHECKING:
     from PIL import Image
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 __all__ = [
     "ClricError",
@@ -60,7 +60,7 @@ def encode(
         applied, and transparency is flattened on white (UserWarning).
     strip: leave out EXIF, XMP and colour profile of a Pillow image or a file; colours are then converted to sRGB.
     metadata: of an array, by the names icc_profile, exif (without its prefix) and xmp.
-    quality, bpp, size, lmbda: at most one. 0 to 100 (50 where nothing is given); the largest size in bits per pixel,
+    quality, bpp, size, lmbda: at most one. 0 to 100 (75 where nothing is given); the largest size in bits per pixel,
         or in bytes; the weight of the rate in latent MSE + lmbda * bpp. A UserWarning says what size cannot be met.
     preset: ``instant``, which needs onnxruntime (``pip install 'clric[cpu]'``), or ``fast``, ``default``, ``slow`` or
         ``paper``, which need torch (``pip install 'clric[encoder]'``).

@@ -154,11 +154,11 @@ def _run(session: "onnxruntime.InferenceSession", latent: np.ndarray) -> np.ndar
         raise ModelError(f"the image decoder failed ({one_line(error)})") from error
     if image.shape != (1, 3, FACTOR * height, FACTOR * width):
         raise ModelError(
-            f"the image decoder made {list(image.shape)} of a {height} x {width} latent, "
+            f"the image decoder returned shape {list(image.shape)} for a {height} x {width} latent, "
             f"expected [1, 3, {FACTOR * height}, {FACTOR * width}]; export it again with clric-export"
         )
     if not np.isfinite(image).all():
-        raise ModelError("the image decoder made values that are not finite; try another --vae or --provider")
+        raise ModelError("the image decoder returned NaN or infinite values; try another --vae or --provider")
     return np.clip(image[0], np.float32(0), np.float32(1)).transpose(1, 2, 0)
 
 
@@ -228,7 +228,7 @@ def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
         import onnxruntime
     except ImportError as error:
         raise ModelError(
-            "showing an image needs onnxruntime; install it with: pip install 'clric[cpu]' (or 'clric[gpu]')"
+            "decoding images needs onnxruntime; run: pip install 'clric[cpu]' (or 'clric[gpu]')"
         ) from error
     providers = _providers(provider, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
@@ -242,7 +242,7 @@ def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
         raise ModelError(f"{path}: onnxruntime cannot open it ({one_line(error)})") from error
     if provider != "auto" and session.get_providers()[0] != providers[0]:
         # onnxruntime goes on with the CPU where a provider's libraries or device are missing.
-        raise ModelError(f"provider {provider!r} does not start on this machine; use cpu, or auto")
+        raise ModelError(f"provider {provider!r} failed to start; use cpu or auto")
     return session
 
 
@@ -255,5 +255,5 @@ def _providers(provider: str, available: list[str]) -> list[str]:
     wanted = PROVIDERS.get(provider, "")
     if wanted not in available:
         here = ", ".join(["auto", *(key for key, name in PROVIDERS.items() if name in available)])
-        raise ModelError(f"provider {provider!r} is not in the onnxruntime that is installed; there are: {here}")
+        raise ModelError(f"provider {provider!r} is not available in the installed onnxruntime; available: {here}")
     return [wanted] if wanted == cpu else [wanted, cpu]

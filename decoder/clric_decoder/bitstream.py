@@ -170,7 +170,7 @@ def grid_shapes(channels: tuple[int, ...], height: int, width: int) -> tuple[tup
 class _Reader:
     """Takes fields off the front of the header; a field that runs past the end is an error."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes | memoryview):
         self._data = data
         self.position = 0
 
@@ -178,7 +178,7 @@ class _Reader:
         if count > len(self._data) - self.position:
             raise StreamError("truncated", "the file ends within its header or a segment; fetch it again")
         self.position += count
-        return self._data[self.position - count : self.position]
+        return bytes(self._data[self.position - count : self.position])
 
     def integer(self, count: int = 1) -> int:
         return int.from_bytes(self.bytes(count), "big")
@@ -259,7 +259,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     Raises StreamError, whose ``kind`` says what is wrong (specification, "Errors").
     """
     _check_version(data)
-    body = data[:-CHECKSUM_BYTES]
+    body = memoryview(data)[:-CHECKSUM_BYTES]
     if len(body) < 4 or zlib.crc32(body) != int.from_bytes(data[-CHECKSUM_BYTES:], "big"):
         raise StreamError("checksum", "the checksum does not match: the file is damaged or cut; fetch it again")
     reader = _Reader(body)
@@ -392,7 +392,8 @@ def write(
     padding = -(-width * height // MAX_PIXELS_PER_BYTE) - payload
     segments = replace(segments, networks=segments.networks + bytes(max(0, padding)))
     registered = LATENT_SPACES.get(space)
-    flags = (registered.number if registered else 0) | bool(entry_bytes) << 4 | image_decoder << 5
+    flags = (registered.number if registered else 0) | bool(entry_bytes) << 4
+    flags |= _check("the number of the image decoder", image_decoder, 0, 7) << 5
     parts = [MAGIC, bytes([VERSION, flags])]
     for name, side in (("width", width), ("height", height)):
         parts.append(_check(f"the image's {name}", side, 1, MAX_SIDE).to_bytes(2, "big"))

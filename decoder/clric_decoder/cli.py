@@ -7,15 +7,26 @@ import io
 import json as json_format
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .bitstream import MAX_PIXELS, MAX_SIDE
-from .errors import ClricError
 from .files import STANDARD, check_output, read_input, stream_limit, write_output
 from .models import IMAGE_DECODERS, image_decoder_number
-from .terminal import choose_outputs, for_each, print_error, printable, run_command
+from .terminal import (
+    IMAGE_SUFFIXES,
+    Outputs,
+    check_new,
+    choose_outputs,
+    for_each,
+    list_inputs,
+    print_error,
+    printable,
+    run_command,
+    split_output,
+)
 
 if TYPE_CHECKING:
     from .bitstream import Header
@@ -24,23 +35,28 @@ NAME = "clric-dec"
 
 
 @click.command()
-@click.argument("inputs", metavar="IN...", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="OUT", help="Image file, or folder for several; - is standard output.")
-@click.option("--vae", metavar="NAME", help="Image decoder, or path of an .onnx file.  [default: by latent space]")
-@click.option("--models", metavar="DIR", help="Folder in which to look for image decoders first.")
-@click.option("--provider", default="auto", show_default=True, help="Where onnxruntime computes: auto, cpu, cuda, ...")
-@click.option("--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o too.")
-@click.option("--info", is_flag=True, help="Print what the header says, and decode nothing.")
-@click.option("--json", is_flag=True, help="The same as JSON, one line for each input.")
+@click.argument("inputs", metavar="IN... [OUT]", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", metavar="OUT", help="Output image, or folder for several inputs; - for standard output."
+)
+@click.option("--vae", metavar="NAME", help="Image decoder: a name or an .onnx file.  [default: by latent space]")
+@click.option("--models", metavar="DIR", help="Folder to search for image decoders first.")
+@click.option("--provider", default="auto", show_default=True, help="onnxruntime provider: auto, cpu, cuda, ...")
+@click.option("--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o is given.")
+@click.option("--info", is_flag=True, help="Print the header and exit.")
+@click.option("--json", is_flag=True, help="Print the header as JSON, one line per input, and exit.")
+@click.option("--probe", is_flag=True, help="Decode to the latent, and print the hash of every stage as JSON.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite existing outputs, and accept any output suffix.")
 @click.option(
     "--max-pixels",
     type=click.IntRange(1, MAX_SIDE**2),
     default=MAX_PIXELS,
     show_default=True,
-    help="Refuse larger images before memory is taken for them.",
+    help="Reject larger images, before memory is allocated.",
 )
+@click.version_option(package_name="clric", prog_name=NAME, message="%(prog)s %(version)s")
 def command(
-    inputs: tuple[str, ...],
+    inputs: Sequence[str],
     output: str | None,
     vae: str | None,
     models: str | None,
@@ -48,36 +64,53 @@ def command(
     latent: str | None,
     info: bool,
     json: bool,
+    probe: bool,
+    force: bool,
     max_pixels: int,
 ) -> int:
-    """Decode .clric streams to images (IN.png where no -o is given).
+    """Decode .clric streams to images: IN OUT, or several inputs with -o FOLDER. The default output is IN.png.
 
-    IN may be - for standard input. The suffix of OUT names the image's format.
+    IN may be a folder (all .clric files in it) or - for standard input. The suffix of OUT selects the image format. An
+    existing file is overwritten if you named it, or with --force.
     """
+    names: Sequence[str] = inputs
+    if not (info or json or probe):
+        names, output = split_output(names, output, IMAGE_SUFFIXES)
+    to_folder = any(map(os.path.isdir, names))
+    inputs = list_inputs(names, (".clric",))
 
     def read(source: str) -> bytes:
         return read_input(source, stream_limit(max_pixels))
 
-    if info or json:
+    if info or json or probe:
         if output is not None or latent is not None:
-            raise click.UsageError("--info and --json print, and write no file: leave out -o and --latent")
+            raise click.UsageError("--info, --json and --probe write no file; remove -o and --latent")
 
         def show(source: str) -> None:
-            from .bitstream import read_header
+            if probe:
+                from .probe import decode_stages
 
-            header = read_header(read(source), max_pixels=max_pixels)
-            facts = describe(header)
-            text = json_format.dumps({"file": source, **facts}) if json else _as_text(printable(source), facts)
+                text = json_format.dumps({"file": source, **decode_stages(read(source), max_pixels)}, indent=1)
+            else:
+                from .bitstream import read_header
+
+                facts = describe(read_header(read(source), max_pixels=max_pixels))
+                text = json_format.dumps({"file": source, **facts}) if json else _as_text(printable(source), facts)
             write_output(STANDARD, f"{text}\n".encode(errors="surrogateescape"))
 
         return for_each(NAME, ((source,) for source in inputs), show)
 
-    nothing = [""] * len(inputs)
-    latents = nothing if latent is None else choose_outputs(inputs, latent, ".npy")
-    images = nothing if latent is not None and output is None else choose_outputs(inputs, output, ".png")
-    for image_place, latent_place in zip(images, latents, strict=True):
+    nothing = Outputs([""] * len(inputs), named=True)
+    latents = images = nothing
+    if latent is not None:
+        latents = choose_outputs(inputs, latent, ".npy", to_folder=to_folder, any_suffix=force)
+    if latent is None or output is not None:
+        images = choose_outputs(inputs, output, ".png", to_folder=to_folder, any_suffix=True)
+    for image_place, latent_place in zip(images.places, latents.places, strict=True):
         if image_place and latent_place and os.path.realpath(image_place) == os.path.realpath(latent_place):
-            raise click.UsageError(f"the image and the latent would both go to {image_place}: name another")
+            raise click.UsageError(
+                f"the image and the latent would both be written to {image_place}; choose another name"
+            )
 
     def convert(source: str, image_place: str, latent_place: str) -> None:
         import numpy as np
@@ -85,9 +118,9 @@ def command(
         from .bitstream import read_header
         from .latent import decode_latent
 
-        if image_place and output is None and os.path.exists(image_place) and image_place != STANDARD:
-            # It may well be the original.
-            raise ClricError(f"{image_place} exists already: name the output with -o")
+        for place, outputs in ((image_place, images), (latent_place, latents)):
+            if not (outputs.named or force):
+                check_new(place)
         if image_place:
             from .image import check_image_output
 
@@ -118,7 +151,7 @@ def command(
             pixels = decode_image(decoder, latent_values, header.width, header.height)
             write_image(image_place, pixels, header.metadata)
 
-    return for_each(NAME, zip(inputs, images, latents, strict=True), convert)
+    return for_each(NAME, zip(inputs, images.places, latents.places, strict=True), convert)
 
 
 def describe(header: "Header") -> dict[str, Any]:

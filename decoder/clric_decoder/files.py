@@ -75,7 +75,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
     folder = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path):
         code = errno.EISDIR
-    elif _is_special(path):
+    elif is_special(path):
         code = 0 if os.access(path, os.W_OK) else errno.EACCES
     elif os.path.isdir(folder):
         code = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
@@ -99,7 +99,7 @@ def write_output(path: str | os.PathLike[str], data: bytes) -> None:
             # Unbuffered: what a full disk refuses must not be tried again when Python exits.
             with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stream:
                 _write_all(stream, data)
-        elif _is_special(path):
+        elif is_special(path):
             with open(path, "wb", buffering=0) as stream:
                 _write_all(stream, data)
         else:
@@ -119,7 +119,7 @@ def _check_standard_output() -> None:
         raise ClricError("standard output is closed")
 
 
-def _is_special(path: str | os.PathLike[str]) -> bool:
+def is_special(path: str | os.PathLike[str]) -> bool:
     """Whether this is a device, a pipe or a folder: by its own path, for /dev/stdout resolves to none."""
     return os.path.exists(path) and not os.path.isfile(path)
 

@@ -157,7 +157,7 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = ".png" if os.fspath(path) == STANDARD else Path(path).suffix.lower()
     if suffix not in _SAVE_OPTIONS:
         known = ", ".join(_SAVE_OPTIONS)
-        raise ImageError(f"{os.fspath(path)}: no image format has the suffix {suffix!r}; use one of {known}")
+        raise ImageError(f"{os.fspath(path)}: unknown image suffix {suffix!r}; use one of {known}")
     return suffix
 
 
@@ -218,8 +218,7 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ImageError(
-            f"{name}: values of 32 bits (Pillow mode {image.mode}) have no stated range; "
-            "convert the image to 8 or 16 bits"
+            f"{name}: 32-bit samples (Pillow mode {image.mode}) are not supported; convert the image to 8 or 16 bits"
         )
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 

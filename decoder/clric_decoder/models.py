@@ -56,6 +56,8 @@ class Autoencoder:
         None where a model comes as one diffusers folder or as ONNX only.
     ``hub_repo``, ``hub_subfolder``: where the diffusers layout lies on the Hugging Face hub; None where there
         is none.
+    ``hub_revision``, ``hub_sha256``: the commit of the repository that is taken, and the sha256 of its weights; None
+        where that is not known.
     ``scaling``, ``shift``: latent = (posterior mean - shift) * scaling.
     ``source``: where a person gets the weights.
     ``aliases``: other names that a command accepts.
@@ -68,6 +70,8 @@ class Autoencoder:
     decoder_stem: str | None
     hub_repo: str | None
     hub_subfolder: str | None
+    hub_revision: str | None
+    hub_sha256: str | None
     scaling: float
     shift: float
     licence: str
@@ -75,42 +79,69 @@ class Autoencoder:
     aliases: tuple[str, ...] = ()
 
 
-def _kl(name: str, space: str, repo: str, scaling: float, licence: str) -> Autoencoder:
+def _kl(
+    name: str, space: str, repo: str, revision: str, sha256: str | None, scaling: float, licence: str
+) -> Autoencoder:
     return Autoencoder(
-        name, space, "kl", None, None, repo, "vae", scaling, 0.0, licence,
+        name, space, "kl", None, None, repo, "vae", revision, sha256, scaling, 0.0, licence,
         f"https://huggingface.co/{repo}", (repo, repo.split("/")[1]),
     )  # fmt: skip
 
 
-def _tiny(name: str, space: str) -> Autoencoder:
+def _tiny(name: str, space: str, revision: str, sha256: str) -> Autoencoder:
     repo = f"madebyollin/{name}"
     return Autoencoder(
-        name, space, "tiny", f"{name}_encoder", f"{name}_decoder", repo, None, 1.0, 0.0, "MIT",
+        name, space, "tiny", f"{name}_encoder", f"{name}_decoder", repo, None, revision, sha256, 1.0, 0.0, "MIT",
         f"https://huggingface.co/{repo}", (repo,),
     )  # fmt: skip
 
 
+# Commits and sums are those that several public projects pin: this was written where the hub could not be reached. The
+# sums of sd14's and sdxl-refiner's weights are not known, so their commits alone are pinned.
 AUTOENCODERS: dict[str, Autoencoder] = {
     autoencoder.name: autoencoder
     for autoencoder in (
         Autoencoder(
-            "small", "clric", "small", None, None, None, None, 1.0, 0.0, "BSD-3-Clause", "comes with clric"
+            "small", "clric", "small", None, None, None, None, None, None, 1.0, 0.0, "BSD-3-Clause", "comes with clric"
         ),
         Autoencoder(
-            "lite", "sd1", "lite", "lite_encoder", None, None, None, 1.0, 0.0, "BSD-3-Clause", "comes with clric"
+            "lite", "sd1", "lite", "lite_encoder", None, None, None, None, None, 1.0, 0.0, "BSD-3-Clause",
+            "comes with clric",
         ),
-        _kl("sd14", "sd1", "CompVis/stable-diffusion-v1-4", 0.18215, "OpenRAIL-M"),
-        _kl("sdxl-refiner", "sdxl", "stabilityai/stable-diffusion-xl-refiner-1.0", 0.13025, "OpenRAIL++-M"),
+        _kl(
+            "sd14", "sd1", "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b", None,
+            0.18215, "OpenRAIL-M",
+        ),
+        _kl(
+            "sdxl-refiner", "sdxl", "stabilityai/stable-diffusion-xl-refiner-1.0",
+            "5d4cfe854c9a9a87939ff3653551c2b3c99a4356", None, 0.13025, "OpenRAIL++-M",
+        ),
         # stabilityai withdrew its repositories of Stable Diffusion 2 in November 2025; this is a mirror.
-        _kl("sd2-inpainting", "sd1", "sd2-community/stable-diffusion-2-inpainting", 0.18215, "OpenRAIL++-M"),
-        _tiny("taesd", "sd1"),
-        _tiny("taesdxl", "sdxl"),
-        _tiny("taesd3", "sd3"),
-        _tiny("taef1", "flux1"),
+        _kl(
+            "sd2-inpainting", "sd1", "sd2-community/stable-diffusion-2-inpainting",
+            "5f74973cbb64c8568780732c17f43eb269d63a0d",
+            "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", 0.18215, "OpenRAIL++-M",
+        ),
+        _tiny(
+            "taesd", "sd1", "614f76814bbe30edbe2e627ace1c2234c81a2c0e",
+            "db169d69145ec4ff064e49d99c95fa05d3eb04ee453de35824a6d0f325513549",
+        ),
+        _tiny(
+            "taesdxl", "sdxl", "b20258aaef75ef61e659c1e0f14f251cf0ad153e",
+            "ff4824aca94dd6111e0340fa749347fb74101060d9712cb5ef1ca8f1cf17502f",
+        ),
+        _tiny(
+            "taesd3", "sd3", "d58dcaccd2b36fcb7a6b9e93c1cc507acab5a778",
+            "6f79c1397cb9ce1dac363722dbe70147aee0ccca75e28338f8482fe515891399",
+        ),
+        _tiny(
+            "taef1", "flux1", "b1b2d00e9e440cfbf3dedb34266864da86016ceb",
+            "47a6c2bff850da04b267cab70fe3553fef57255eb9a8e76852baa0a87850e54d",
+        ),
         # TAEF2 has pooling branches that diffusers' AutoencoderTiny lacks, so there is no diffusers layout of
         # it to load from the hub: its weights are two .pth files in the GitHub repository (January 2026).
         Autoencoder(
-            "taef2", "flux2", "tiny", "taef2_encoder", "taef2_decoder", None, None, 1.0, 0.0, "MIT",
+            "taef2", "flux2", "tiny", "taef2_encoder", "taef2_decoder", None, None, None, None, 1.0, 0.0, "MIT",
             "https://github.com/madebyollin/taesd",
         ),
     )
@@ -120,7 +151,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
 # space and number, the name and the SHA-256 of the ONNX file. New weights get a new number.
 IMAGE_DECODERS: dict[str, dict[int, tuple[str, str]]] = {
     "sd1": {1: ("lite", "e184c717f4daafb03bcfbad44cdcc2d9f13ee2ffe6aa2d230933f34c330c0a45")},
-    "clric": {1: ("small", "a40952d97b571469b4d16703256f709434d2d125e73d9ee0539053d65f3b0cc3")},
+    "clric": {1: ("small", "d487c413409bd9ff56fb442639f692a261865a17627d9509a9980526da190c33")},
 }
 
 # The encoders of kind tiny and lite: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image's size, and channels.
@@ -149,7 +180,7 @@ def find_autoencoder(name: str) -> Autoencoder:
     for autoencoder in AUTOENCODERS.values():
         if name == autoencoder.name or name in autoencoder.aliases:
             return autoencoder
-    raise ModelError(f"autoencoder {name!r} is not known; name one of {', '.join(AUTOENCODERS)}")
+    raise ModelError(f"autoencoder {name!r} is not known; use one of {', '.join(AUTOENCODERS)}")
 
 
 def cache_folder() -> Path:
@@ -165,7 +196,7 @@ def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
     folders = []
     if models is not None:
         if not os.path.isdir(models):
-            raise ModelError(f"models folder {models} does not exist or is no folder")
+            raise ModelError(f"models folder {models} is not a folder")
         folders.append(Path(models))
     folders += [Path(folder) for folder in os.environ.get("CLRIC_MODELS", "").split(os.pathsep) if folder]
     return [*folders, cache_folder(), WEIGHTS]
@@ -204,7 +235,8 @@ def missing_weights(
     if autoencoder.hub_repo:
         subfolder = f"{autoencoder.hub_subfolder}/" if autoencoder.hub_subfolder else ""
         files = " ".join(subfolder + file for file in DIFFUSERS_FILES)
-        advice = f"with a network, run: hf download {autoencoder.hub_repo} {files}"
+        revision = f" --revision {autoencoder.hub_revision}" if autoencoder.hub_revision else ""
+        advice = f"with a network, run: hf download {autoencoder.hub_repo} {files}{revision}"
     else:
         advice = f"put {stem}.pth from {autoencoder.source} into one of these folders"
     return ModelError(
@@ -235,11 +267,11 @@ def check_manifest(path: Path, half: Half) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     if manifest.get("half", half) != half:
-        raise ModelError(f"{path} holds an autoencoder's {manifest['half']}, not its {half}")
-    digest = _sha256(path)
+        raise ModelError(f"{path} is an image {manifest['half']}, not an image {half}")
+    digest = file_sha256(path)
     if digest != manifest["sha256"]:
         raise ModelError(
-            f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 {digest[:16]},"
+            f"{path} does not match {path.with_suffix('.json').name} (sha256 {digest[:16]},"
             f" expected {manifest['sha256'][:16]}); export or download it again"
         )
     return manifest
@@ -261,7 +293,7 @@ def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[
         return
     known = [autoencoder.name for autoencoder in AUTOENCODERS.values() if autoencoder.space == space]
     fitting = list(dict.fromkeys(known + _local_decoders(space, models)))
-    advice = f"decoders that fit: {', '.join(fitting)}" if fitting else "none is known here: ask its sender for one"
+    advice = f"compatible decoders: {', '.join(fitting)}" if fitting else "no compatible decoder is known"
     raise ModelError(
         f"decoder {manifest['name']} is of latent space {manifest['latent_space']}, the stream is of {space}; {advice}"
     )
@@ -299,13 +331,13 @@ def _read_manifest(onnx: Path) -> dict[str, Any]:
         )
     manifest = _load_json(path)
     if manifest is None:
-        raise ModelError(f"manifest {path} is no JSON object; export the decoder again with clric-export")
+        raise ModelError(f"manifest {path} is not a JSON object; export the decoder again with clric-export")
     for field, kind in _MANIFEST_FIELDS.items():
         if field not in manifest or not isinstance(manifest[field], kind):
             raise ModelError(f"manifest {path} has no valid {field!r}; export again with clric-export")
     halo, space = manifest["halo"], LATENT_SPACES.get(manifest["latent_space"])
     if halo is not None and not 0 <= halo <= _HALO_LIMIT:
-        raise ModelError(f"manifest {path} has a halo of {halo}, which is not within 0 to {_HALO_LIMIT}")
+        raise ModelError(f"manifest {path} has a halo of {halo}; it must be 0 to {_HALO_LIMIT}")
     if space is not None and manifest["channels"] != space.channels:
         raise ModelError(f"manifest {path} has {manifest['channels']} channels, {space.name} has {space.channels}")
     return manifest
@@ -346,12 +378,13 @@ def _listed(folders: list[Path]) -> str:
     return ", ".join(str(folder) for folder in folders)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits. Raises ModelError where it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise ModelError(f"decoder {path} cannot be read ({error.strerror})") from error
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
     return digest.hexdigest()

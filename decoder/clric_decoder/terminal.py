@@ -7,14 +7,21 @@ Exit codes: 0 for success, 1 where an input failed (the others are still done), 
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
 from .cpus import thread_count
 from .errors import ClricError
-from .files import STANDARD
+from .files import STANDARD, is_special
+
+# Suffixes of the files that commands take for images, in a folder and as the name of an output.
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff",
+    ".webp",
+)  # fmt: skip
 
 # C0 and C1, line and paragraph separators, what changes the direction of writing, and bytes of C1 as Python has them in
 # names that are no UTF-8.
@@ -83,39 +90,95 @@ def print_error(name: str, message: str, file: str | None = None) -> None:
     print(f"{name}: {where}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
-def choose_outputs(inputs: Sequence[str], output: str | None, suffix: str) -> list[str]:
+def list_inputs(names: Sequence[str], suffixes: Collection[str]) -> list[str]:
+    """The inputs that were named; of a folder, the files in it whose suffix is one of these, sorted by name.
+
+    Raises click.UsageError for a folder without such files.
+    """
+    inputs = []
+    for name in names:
+        if name == STANDARD or not os.path.isdir(name):
+            inputs.append(name)
+            continue
+        try:
+            files = sorted(os.listdir(name))
+        except OSError as error:
+            raise click.UsageError(f"{name}: {error.strerror}") from error
+        places = [os.path.join(name, file) for file in files if Path(file).suffix.lower() in suffixes]
+        places = [place for place in places if os.path.isfile(place)]
+        if not places:
+            raise click.UsageError(f"the folder {name} contains no file that ends in {', '.join(suffixes)}")
+        inputs += places
+    return inputs
+
+
+def split_output(
+    names: Sequence[str], output: str | None, suffixes: Collection[str]
+) -> tuple[Sequence[str], str | None]:
+    """Inputs and output, for ``IN OUT`` those of ``IN -o OUT``: two names, the second with the suffix of an output."""
+    if output is None and len(names) == 2 and Path(names[1]).suffix.lower() in suffixes:
+        return names[:1], names[1]
+    return names, output
+
+
+class Outputs(NamedTuple):
+    """Where each input's output goes. named: the user gave the name of the file, which may therefore be replaced."""
+
+    places: list[str]
+    named: bool
+
+
+def choose_outputs(
+    inputs: Sequence[str],
+    output: str | None,
+    suffix: str,
+    *,
+    to_folder: bool = False,
+    any_suffix: bool = False,
+) -> Outputs:
     """The output of each input: beside it with another suffix, or ``output``, or in the folder ``output``.
 
-    ``output`` is a folder where there is one, where it ends with a slash, or for several inputs; it is made
-    if it is missing. Standard input goes to standard output unless ``output`` says otherwise.
-    Raises click.UsageError where two inputs would go to one place, where an output would replace an input, or
-    where an input or the output has no name.
+    ``output`` is a folder where there is one, where it ends with a slash, for several inputs, or with ``to_folder``;
+    it is made if it is missing. Standard input goes to standard output unless ``output`` says otherwise.
+    any_suffix: whether ``output`` may be a file of another suffix.
+    Raises click.UsageError where it must not, where two inputs would go to one place, where an output would replace an
+    input, or where an input or the output has no name.
     """
     for source in inputs:
         if Path(source).name in ("", ".."):
-            raise click.UsageError(f"{source!r} names no file")
+            raise click.UsageError(f"{source!r} is not a file name")
     if output == "":
         raise click.UsageError("the name of the output is empty")
-    folder = None
+    folder, named = None, False
     if output is None:
-        outputs = [STANDARD if source == STANDARD else str(Path(source).with_suffix(suffix)) for source in inputs]
-    elif output != STANDARD and (len(inputs) > 1 or output.endswith("/") or os.path.isdir(output)):
+        places = [STANDARD if source == STANDARD else str(Path(source).with_suffix(suffix)) for source in inputs]
+    elif output != STANDARD and (len(inputs) > 1 or to_folder or output.endswith("/") or os.path.isdir(output)):
         stems = ["stdin" if source == STANDARD else Path(source).stem for source in inputs]
-        outputs = [str(Path(output, stem + suffix)) for stem in stems]
+        places = [str(Path(output, stem + suffix)) for stem in stems]
         folder = output
     else:
-        outputs = [output] * len(inputs)
-    if STANDARD in outputs and sys.stdout is not None and sys.stdout.isatty():
-        raise click.UsageError("standard output is a terminal: name a file with -o")
+        if not (any_suffix or output == STANDARD or is_special(output) or Path(output).suffix.lower() == suffix):
+            raise click.UsageError(
+                f"the output {output} does not end in {suffix}; rename it, use --force, or end a folder's name with /"
+            )
+        places, named = [output] * len(inputs), True
+    if STANDARD in places and sys.stdout is not None and sys.stdout.isatty():
+        raise click.UsageError("standard output is a terminal; name a file with -o")
     taken = {os.path.realpath(source): "is an input" for source in inputs if source != STANDARD}
-    for source, place in zip(inputs, outputs, strict=True):
+    for source, place in zip(inputs, places, strict=True):
         key = place if place == STANDARD else os.path.realpath(place)
         if key in taken:
-            raise click.UsageError(f"the output of {source}, {place}, {taken[key]}: name another with -o")
+            raise click.UsageError(f"the output of {source}, {place}, {taken[key]}; name another with -o")
         taken[key] = f"is the output of {source} already"
     if folder is not None:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise click.UsageError(f"{folder}: cannot be made a folder ({error.strerror})") from error
-    return outputs
+            raise click.UsageError(f"the folder {folder} cannot be created ({error.strerror})") from error
+    return Outputs(places, named)
+
+
+def check_new(place: str) -> None:
+    """Raises ClricError for a file that exists, where nobody named it: it may be the only copy of something else."""
+    if place != STANDARD and os.path.exists(place):
+        raise ClricError(f"{place} exists; overwrite it with --force, or name the output with -o")

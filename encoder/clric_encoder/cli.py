@@ -9,21 +9,33 @@ import json as json_format
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 from clric_decoder.bitstream import Metadata, read_header
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
-from clric_decoder.terminal import choose_outputs, print_error, printable, run_command
+from clric_decoder.terminal import (
+    IMAGE_SUFFIXES,
+    check_new,
+    choose_outputs,
+    list_inputs,
+    print_error,
+    printable,
+    run_command,
+    split_output,
+)
 
+from .compilation import on_compilation
 from .instant import INSTANT
 from .libraries import libraries
 from .rate import Rate, choose_rate
 from .stream import check_image, check_latent
 from .training.presets import PRESETS
+from .up_to_date import Records
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,63 +50,72 @@ NAME = "clric-enc"
 # No image file within the limit of pixels is longer: 4 channels of 16 bits, uncompressed.
 INPUT_LIMIT = 8 << 28
 
+# Parameters of the command that do not change what is in a stream; those of the rate are in `Rate`.
+NO_SETTINGS = {
+    "images", "output", "quality", "lmbda", "bpp", "size", "device", "force", "ray", "json", "quiet", "verbose",
+}  # fmt: skip
+
 # Latents that wait for others of their size to be trained with.
 MAX_WAITING = 256
 
 
 class _Bytes(click.ParamType):
-    """A number of bytes: 5000, 8kB, 1.5MB."""
+    """A number of bytes: 5000, 8kB, 8KiB, 1.5MB."""
 
-    name = "bytes"
+    name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(|k|M)B?", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kM])(i?))?B?", str(value), re.IGNORECASE)
         if not match:
-            self.fail(f"{value!r} is no number of bytes, such as 5000 or 8kB", param, ctx)
-        number = float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]
+            self.fail(
+                f"{value!r} is not a size; examples: 5000, 8kB (8000 bytes), 8KiB (8192 bytes), 1.5MB", param, ctx
+            )
+        base = 1024 if match[3] else 1000
+        number = float(match[1]) * base ** " km".index((match[2] or " ").lower())
         if not 1 <= number <= 10**9:
-            self.fail(f"{value} is not within 1 to 1000MB", param, ctx)
+            self.fail(f"{value} is out of range; the limits are 1 byte and 1000MB", param, ctx)
         return round(number)
 
 
 @click.command()
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="OUT", help="Stream, or folder for several; - is standard output.")
+@click.argument("images", metavar="IN... [OUT]", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="OUT", help="Output stream, or folder for several images; - for stdout.")
 @click.option(
     "--quality",
     type=click.FloatRange(0, 100),
-    help="0 to 100: lambda is 0.5 * 10^((50 - quality) / 40).  [default: 50]",
+    help="0 (smallest) to 100 (best): lambda is 0.5 * 10^((50 - quality) / 40).  [default: 75]",
 )
-@click.option("--lambda", "lmbda", type=float, help="Weight of the rate: loss = latent MSE + lambda * bpp.")
-@click.option("--bpp", type=float, help="Largest size, in bits per pixel; files come to within 3 %.")
-@click.option("--bytes", "size", type=_Bytes(), help="Largest size of a file, such as 5000 or 8kB.")
-@click.option("--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder, or an encoder's file.")
-@click.option("--preset", type=click.Choice([INSTANT, *PRESETS]), default="default", show_default=True)
+@click.option("--lambda", "lmbda", type=float, help="Lagrangian weight of the rate: loss = latent MSE + lambda * bpp.")
+@click.option("--bpp", type=float, help="Target rate in bits per pixel; files are at most 3 % smaller (instant: 15 %).")
+@click.option(
+    "--bytes", "size", type=_Bytes(), help="Target file size, such as 5000, 8kB or 8KiB; likewise at most 3 % smaller."
+)
+@click.option(
+    "--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder: a name or an encoder's file."
+)
+@click.option(
+    "--preset",
+    type=click.Choice([INSTANT, *PRESETS]),
+    default="default",
+    show_default=True,
+    help="Speed against compression; paper is the paper's configuration, instant needs no training.",
+)
 @click.option(
     "--tune",
     metavar="NAME|none",
     default="auto",
     show_default=True,
-    help="Image decoder to train through: auto (small or lite by latent space, else none), none, a name, or an .onnx.",
+    help="Image decoder to optimise the image for: auto (small or lite by latent space, else none), none, a name, or"
+    " an .onnx file.",
 )
 @click.option(
-    "--lpips", metavar="FILE", help="vgg16_lpips.npz: LPIPS-VGG's features in training instead of clric's own."
+    "--lpips", metavar="FILE", help="vgg16_lpips.npz, to train with LPIPS-VGG instead of clric's own features."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of all that is random in the training.",
-)
-@click.option("--models", metavar="DIR", help="Folder in which to look for weights first.")
-@click.option(
-    "--strip", is_flag=True, help="Leave out EXIF, XMP and colour profile; colours are then converted to sRGB."
-)
-@click.option(
-    "-f", "--force", is_flag=True, help="Of several images, encode those too whose streams are newer than they."
-)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
+@click.option("--models", metavar="DIR", help="Folder to search for weights first.")
+@click.option("--strip", is_flag=True, help="Leave out EXIF, XMP and colour profile; convert colours to sRGB.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite existing outputs, and accept any output suffix.")
 @click.option(
     "--ray",
     metavar="[ADDRESS]",
@@ -103,10 +124,12 @@ class _Bytes(click.ParamType):
     help="Encode with Ray on all CPUs or GPUs of this machine, or of a running cluster (auto, or host:port). Images and"
     " -o may be folders such as s3://bucket/folder; see docs/cluster.md.",
 )
-@click.option("--json", is_flag=True, help="Print one line of JSON for each image to standard output.")
+@click.option("--json", is_flag=True, help="Print one line of JSON per image to standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the time that each stage took.")
+@click.version_option(package_name="clric", prog_name=NAME, message="%(prog)s %(version)s")
 def command(
-    images: tuple[str, ...],
+    images: Sequence[str],
     output: str | None,
     quality: float | None,
     lmbda: float | None,
@@ -124,23 +147,29 @@ def command(
     ray: str | None,
     json: bool,
     quiet: bool,
+    verbose: bool,
 ) -> int:
-    """Encode images to .clric streams (IMAGE with the suffix .clric where no -o is given).
+    """Encode images to .clric streams: IN OUT, or several inputs with -o FOLDER. The default output is IN.clric.
 
-    IMAGE may be - for standard input. Several images of one size are trained together, in less time for each; those
-    whose stream is newer than they are left as they are, so that a run that was stopped goes on.
+    IN may be a folder (all images in it) or - for standard input. Images of one size are trained together, which takes
+    less time per image. An existing file is overwritten if you named it, or with --force. In folders, streams that are
+    up to date with image and settings are skipped, so that a run that was stopped goes on.
     """
     try:
         rate = choose_rate(lmbda, quality, size, bpp)
     except ClricError as error:
         raise click.UsageError(str(error)) from None
     if preset == INSTANT and (tune not in ("auto", "none") or lpips is not None):
-        raise click.UsageError("--preset instant trains nothing: --tune and --lpips go with the other presets")
+        raise click.UsageError("--tune and --lpips cannot be used with --preset instant, which trains nothing")
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose are mutually exclusive")
     if ray is not None:
         if output is None or output == STANDARD:
             raise click.UsageError("--ray needs a folder for the streams: -o DIR")
+        if verbose:
+            raise click.UsageError("--verbose cannot be used with --ray, whose manifest.jsonl has the times")
         if not re.fullmatch(r"local|auto|[^/]+:[0-9]+", ray):
-            raise click.UsageError(f"--ray {ray}: an address is auto or host:port; --ray alone comes after the images")
+            raise click.UsageError(f"--ray {ray}: an address is auto or host:port; write --ray alone after the images")
         return _encode_with_ray(
             images,
             output,
@@ -160,24 +189,30 @@ def command(
             json_lines=json,
             quiet=quiet,
         )
-    places = choose_outputs(images, output, ".clric")
-    if json and STANDARD in places:
-        raise click.UsageError("--json and the stream would both go to standard output: name a file with -o")
+    images, output = split_output(images, output, (".clric",))
+    to_folder = any(map(os.path.isdir, images))
+    images = list_inputs(images, IMAGE_SUFFIXES)
+    outputs = choose_outputs(images, output, ".clric", to_folder=to_folder, any_suffix=force)
+    if json and STANDARD in outputs.places:
+        raise click.UsageError("--json and the stream would both be written to standard output; name a file with -o")
 
-    jobs = list(zip(images, places, strict=True))
-    if len(jobs) > 1 and not force:
-        stale = [job for job in jobs if not _is_newer(*job)]
-        if len(stale) < len(jobs) and not quiet:
-            print_error(
-                NAME, f"left as they are: {len(jobs) - len(stale)}, newer than their images; --force encodes all"
-            )
-        jobs = stale
+    jobs = list(zip(images, outputs.places, strict=True))
+    failures: list[tuple[str, str]] = []
+    records = None
+    if not outputs.named:
+        settings = {key: value for key, value in click.get_current_context().params.items() if key not in NO_SETTINGS}
+        records = Records(settings | asdict(rate), create=to_folder or len(images) > 1 or output is not None)
+        if not force:
+            jobs, failures, skipped = _to_do(jobs, records)
+            if skipped and not quiet:
+                print_error(NAME, f"skipped {skipped} up-to-date file{'s' * (skipped > 1)}; --force re-encodes")
     if jobs:
         from clric_decoder.image import take_over_pillow
 
         take_over_pillow()
-    with _live_view(len(jobs), show=bool(jobs) and not quiet) as view:
+    with _live_view(len(jobs), show=bool(jobs) and not quiet, verbose=verbose) as view:
         batches = _Batches(rate, vae, preset, tune, lpips, device, seed, models, strip, json, quiet, view)
+        batches.failures, batches.records = failures, records
         try:
             for source, place in jobs:
                 batches.add(source, place)
@@ -202,12 +237,21 @@ def _encode_with_ray(images: Sequence[str], output: str, **arguments: Any) -> in
     return encode_for_command(NAME, images, output, **arguments)
 
 
-def _is_newer(source: str, place: str) -> bool:
-    """Whether a stream is there that is not older than its image."""
-    try:
-        return os.path.isfile(place) and os.path.getmtime(place) >= os.path.getmtime(source)
-    except OSError:
-        return False
+def _to_do(jobs: list[tuple[str, str]], records: Records) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
+    """Of images and places of their streams: those to encode, images with an error, and how many are up to date."""
+    to_do, failures, skipped = [], [], 0
+    for source, place in jobs:
+        state = records.state(source, place)
+        if state == "up to date":
+            skipped += 1
+            continue
+        try:
+            if state == "unknown":
+                check_new(place)
+            to_do.append((source, place))
+        except ClricError as error:
+            failures.append((source, str(error)))
+    return to_do, failures, skipped
 
 
 @dataclass
@@ -225,7 +269,7 @@ class _Waiting:
 class _Batches:
     """Reads images, and encodes those of one latent size together.
 
-    failures: images with what is wrong with them.
+    failures: images with what is wrong with them. records: what streams were made of, where that is kept.
     """
 
     rate: Rate
@@ -241,6 +285,7 @@ class _Batches:
     quiet: bool
     view: "_View"
     failures: list[tuple[str, str]] = field(default_factory=list)
+    records: Records | None = None
     _waiting: dict[tuple[int, ...], list[_Waiting]] = field(default_factory=dict)
     _encoder: "ImageEncoder | None" = None
     _tuning: "Tuning | None" = None
@@ -302,7 +347,7 @@ class _Batches:
         assert self._encoder is not None
         results: list[Encoded] = []
         try:
-            with _torch():
+            with _torch(), on_compilation(self.view.compile):
                 results = encode_latents(
                     np.stack([image.latent for image in group]),
                     [(image.pixels.shape[1], image.pixels.shape[0]) for image in group],
@@ -336,6 +381,8 @@ class _Batches:
 
     def _write(self, source: str, place: str, encoded: "Encoded") -> None:
         write_output(place, encoded.data)
+        if self.records is not None:
+            self.records.add(place, encoded.data)
         facts = _facts(source, place, encoded)
         if encoded.note:
             print_error(NAME, encoded.note, source)
@@ -371,7 +418,9 @@ def _torch() -> Iterator[None]:
         raise _torch_failed(error) from error
     except OSError as error:  # of numba, which keeps compiled loops
         reason = one_line(error)
-        raise ClricError(f"compiled loops cannot be kept ({reason}); make room, or set NUMBA_CACHE_DIR") from error
+        raise ClricError(
+            f"the cache of compiled loops cannot be written ({reason}); free disk space, or set NUMBA_CACHE_DIR"
+        ) from error
 
 
 def _torch_failed(error: RuntimeError) -> ClricError:
@@ -405,6 +454,9 @@ class _View:
     def start(self, source: str) -> None:
         """An image's latent is computed."""
 
+    def compile(self) -> None:
+        """The loops of the training are compiled."""
+
     def move(self, sources: list[str], progress: "Progress") -> None:
         """A batch is trained."""
 
@@ -416,16 +468,20 @@ class _Bar(_View):
     """A bar on a terminal: images done, what is being done, estimates, time left."""
 
     def __init__(self, bar: Any, task: Any) -> None:
-        self._bar, self._task, self._done = bar, task, 0
+        self._bar, self._task, self._done, self._name = bar, task, 0, ""
 
     def start(self, source: str) -> None:
-        self._bar.update(self._task, description=f"{self._escape(source)}  autoencoder", estimate="")
+        self._name = self._escape(source)
+        self._bar.update(self._task, description=f"{self._name}  autoencoder", estimate="")
+
+    def compile(self) -> None:
+        self._bar.update(self._task, description=f"{self._name}  compiling (once on this machine)", estimate="")
 
     def move(self, sources: list[str], progress: "Progress") -> None:
-        name = self._escape(sources[0]) + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+        self._name = self._escape(sources[0]) + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
         self._bar.update(
             self._task,
-            description=f"{name}  {progress.stage}",
+            description=f"{self._name}  {progress.stage}",
             completed=self._done + len(sources) * progress.iteration / progress.iterations,
             done=self._done,
             estimate=f"about {progress.bpp:.4f} bpp, latent MSE {progress.distortion:.4f}",
@@ -442,9 +498,48 @@ class _Bar(_View):
         return escape(printable(source))
 
 
+class _Timings(_View):
+    """Another view, and a line about each batch when it is done: the seconds that each stage took."""
+
+    def __init__(self, view: _View) -> None:
+        self._view, self._seconds, self._stage, self._since = view, dict[str, float](), "", time.monotonic()
+
+    def start(self, source: str) -> None:
+        self._enter("autoencoder")
+        self._view.start(source)
+
+    def compile(self) -> None:
+        self._enter("compiling")
+        self._view.compile()
+
+    def move(self, sources: list[str], progress: "Progress") -> None:
+        self._enter(progress.stage)
+        self._view.move(sources, progress)
+
+    def finish(self, count: int) -> None:
+        self._enter("")
+        if self._seconds and sys.stderr is not None:
+            stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self._seconds.items())
+            print(f"{NAME}: {stages}", file=sys.stderr)
+        self._seconds.clear()
+        self._view.finish(count)
+
+    def _enter(self, stage: str) -> None:
+        now = time.monotonic()
+        if self._stage:
+            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+
+
 @contextlib.contextmanager
-def _live_view(images: int, show: bool) -> Iterator[_View]:
-    """A bar on standard error, if that is a terminal."""
+def _live_view(images: int, show: bool, verbose: bool) -> Iterator[_View]:
+    """A bar on standard error, if that is a terminal; with timings if they are wanted."""
+    with _bar(images, show) as view:
+        yield _Timings(view) if verbose else view
+
+
+@contextlib.contextmanager
+def _bar(images: int, show: bool) -> Iterator[_View]:
     if not (show and sys.stderr is not None and sys.stderr.isatty()):
         yield _View()
         return

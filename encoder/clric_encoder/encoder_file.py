@@ -20,7 +20,9 @@ def find_encoder(name: str) -> tuple[Path, dict[str, Any]]:
     else:
         autoencoder = find_autoencoder(name)
         if autoencoder.kind != "small":
-            raise ModelError(f"the encoder of {autoencoder.name} does not exist as ONNX: name small, or an .onnx file")
+            raise ModelError(
+                f"autoencoder {autoencoder.name} has no ONNX encoder; use small, or the path of an .onnx file"
+            )
         path = WEIGHTS / f"{autoencoder.name}_encoder.onnx"
     if not path.is_file():
         raise ModelError(f"encoder file {path} does not exist")

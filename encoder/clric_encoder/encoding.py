@@ -18,6 +18,7 @@ from .autoencoder import fast_dtype, load_decoder, load_encoder
 from .instant import INSTANT, encode_instantly
 from .rate import Rate, choose_rate
 from .stream import Encoded, check_image, check_latent, decode_checked, write_stream
+from .torch_threads import settle
 from .training.distortion import ImageDecoder, ImageDistortion
 from .training.features import LpipsVgg, PerceptualDistance, load_features
 from .training.loop import Function, Report, overfit
@@ -62,7 +63,7 @@ def encode(
 ) -> bytes:
     """The stream of an image (H, W, 3) uint8 RGB, sRGB unless the metadata has an ICC profile.
 
-    lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (50 where nothing is given); or the
+    lmbda: weight of the rate in latent MSE + lmbda * bpp; or quality, 0 to 100 (75 where nothing is given); or the
     largest size in bytes, or in bits per pixel, which the file comes to within 3 %. A size that cannot be met is warned
     of (UserWarning), and so is a training that takes minutes.
     vae, models: the autoencoder by name, and a folder to look for its weights in first.
@@ -76,6 +77,7 @@ def encode(
         return encode_instantly(image, vae=vae, lmbda=lmbda, quality=quality, size=size, bpp=bpp, metadata=metadata)
     height, width = check_image(image)
     rate = choose_rate(lmbda, quality, size, bpp)
+    settle()
     device = find_device(device)
     encoder = load_encoder(vae, models=models, device=device)
     tuning = load_tuning(tune, encoder.space, preset, models=models, lpips=lpips, device=device)
@@ -122,8 +124,8 @@ def load_tuning(
     decoder = load_decoder(tune, models, device)
     if decoder.space != space:
         raise ModelError(
-            f"--tune {tune} decodes the latent space {decoder.space}, and the latent is of {space};"
-            " name a decoder of this space, or none"
+            f"--tune {tune} decodes the latent space {decoder.space}, but the latent space is {space};"
+            f" use a decoder of {space}, or none"
         )
     perceptual: PerceptualDistance
     if lpips is not None:
@@ -190,6 +192,7 @@ def encode_latents(
     (height, width, 3) uint8. metadata: of each image; none where it is empty. device: cpu or cuda. warn: called before
     a training that takes minutes. Raises ClricError.
     """
+    settle()
     if preset not in PRESETS:
         raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
     pixels = [width * height for width, height in sizes]
@@ -214,8 +217,8 @@ def encode_latents(
         seconds = distortion.seconds() * PRESETS[preset].tuning.looks
         if seconds > LONG:
             warn(
-                f"training through the image decoder {tuning.decoder.name} takes about {seconds / 60:.0f} min"
-                " (--tune none goes without)"
+                f"tuning through the image decoder {tuning.decoder.name} takes about {seconds / 60:.0f} min"
+                " (--tune none skips it)"
             )
     limits = [rate.bytes(count) for count in pixels]
     functions = overfit(
@@ -236,9 +239,9 @@ def encode_latents(
         error = float(np.square(decode_checked(data, function.networks, function.grids) - latent).mean())
         note = None
         if limit is not None and len(data) > limit:
-            note = f"no stream of {limit} bytes was found; the smallest has {len(data)}"
+            note = f"target of {limit} bytes not reached: the smallest stream has {len(data)} bytes"
         elif limit is not None and len(data) < MIN_FILL * limit:
-            note = f"no use was found for {limit} bytes; the stream has {len(data)}"
+            note = f"target of {limit} bytes not reached: quality saturates at {len(data)} bytes"
         result.append(Encoded(data, function.lmbda, error, note))
     return result
 

@@ -34,6 +34,7 @@ from .instant import INSTANT
 from .libraries import libraries
 from .rate import choose_rate
 from .stream import Encoded
+from .up_to_date import made_of
 
 try:
     import ray
@@ -138,8 +139,7 @@ def encode_files(
     files = list_files(sources, output)
     manifest = Manifest(output)
     for file in files:
-        made_of = json.dumps([settings.of_streams(), file.pop("version")], sort_keys=True)
-        file["made_of"] = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+        file["made_of"] = made_of(settings.of_streams(), file.pop("version"))
     to_do = files if force else manifest.outdated(files)
     failed: dict[str, str] = {}
     encoded = 0
@@ -350,7 +350,7 @@ def _run_pool(
         ),
         **actors.resources,
     )
-    # No piece waits behind a long one for its actor. That all actors have one must then be enough for Ray to add others.
+    # No piece waits for an actor that has a long one. Ray is then to add actors as soon as all have one, not two.
     data.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     for block in _blocks(data):
         yield from map(json.loads, block["line"])

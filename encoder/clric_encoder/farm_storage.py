@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import write_output
+from clric_decoder.terminal import IMAGE_SUFFIXES
 
 MANIFEST = "manifest.jsonl"
 
@@ -29,9 +30,6 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory
 # What tells in a listing whether a file has changed. The first that a file system has counts.
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "modified")
 
-# Suffixes of the files of a folder that are taken for images.
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
 
 def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
     """Source, output and version of each image file."""
@@ -42,9 +40,11 @@ def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
         system, path = open_system(name)
         if system.isdir(path):
             found = system.find(path, detail=True)
-            images = {place: info for place, info in found.items() if PurePosixPath(place).suffix.lower() in SUFFIXES}
+            images = {
+                place: info for place, info in found.items() if PurePosixPath(place).suffix.lower() in IMAGE_SUFFIXES
+            }
             if not images:
-                raise ClricError(f"the folder {name} contains no file that ends in {', '.join(sorted(SUFFIXES))}")
+                raise ClricError(f"the folder {name} contains no file that ends in {', '.join(IMAGE_SUFFIXES)}")
             folder = path
         else:
             try:
@@ -61,7 +61,7 @@ def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
             if own in outputs:
                 raise ClricError(f"{outputs[own]} and {source} would both become {own}; rename one of them")
             outputs[own] = source
-            version = [info.get("size"), next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None)]
+            version = f"{info.get('size')} {next((info[key] for key in VERSION_KEYS if info.get(key)), None)}"
             files.append({"source": source, "output": own, "version": version})
     return files
 

@@ -78,7 +78,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     """
     path, manifest = find_encoder(name)
     if manifest["latent_space"] != _SPACE:
-        raise ClricError(f"preset instant has networks for the latent space {_SPACE} alone; use another preset")
+        raise ClricError(f"preset instant supports only the latent space {_SPACE}; use another preset")
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -88,7 +88,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ClricError(f"{path} cannot be loaded ({one_line(error)}); install clric again") from error
+        raise ClricError(f"{path} cannot be loaded ({one_line(error)}); reinstall clric") from error
 
     def network(pixels: np.ndarray) -> np.ndarray:
         (latent,) = session.run(["latent"], {"image": pixels})
@@ -130,11 +130,11 @@ def encode_image(image: np.ndarray, encoder: ImageEncoder, rate: Rate, metadata:
     limit = rate.bytes(width * height)
     if limit is None:
         assert rate.lmbda is not None
-        chosen, note = attempt(rate.lmbda), None
+        best, note = attempt(rate.lmbda), None
     else:
-        chosen, note = _of_size(attempt, limit)
-    decode_checked(chosen.data, chosen.networks, [chosen.grid])
-    return Encoded(chosen.data, chosen.lmbda, chosen.error, note)
+        best, note = _of_size(attempt, limit)
+    decode_checked(best.data, best.chosen.networks, [best.grid])
+    return Encoded(best.data, best.lmbda, best.error, note)
 
 
 @dataclass(frozen=True)
@@ -142,43 +142,53 @@ class _Attempt:
     """A stream at one lambda. error: mean squared error of its latent."""
 
     lmbda: float
+    chosen: _Set
     data: bytes
     error: float
-    networks: list[Parameters]
     grid: np.ndarray
 
 
-def _of_size(attempt: Callable[[float], _Attempt], limit: int) -> tuple[_Attempt, str | None]:
-    """By bisection of lambda: the largest file met of at most so many bytes, and a note where it is far off."""
-    low, high = math.log(LAMBDAS[-1] / 4), math.log(HIGHEST)
-    best, smallest = None, None
-    for _ in range(TRIES):
-        middle = (low + high) / 2
-        tried = attempt(math.exp(middle))
-        size = len(tried.data)
-        if smallest is None or size < len(smallest.data):
-            smallest = tried
-        if size > limit:
-            low = middle
-            continue
-        high = middle
-        if best is None or size > len(best.data):
-            best = tried
-        if size >= MIN_FILL * limit:
-            return best, None
+def _of_size(attempt: Callable[..., _Attempt], limit: int) -> tuple[_Attempt, str | None]:
+    """The largest file met of at most so many bytes, and a note where it is far off.
+
+    By bisection of lambda, with the better of two sets of networks at each. Where it ends between two sets, at one of
+    which files are too large and at the other too small, those of the latter are tried at smaller lambdas.
+    """
+    best = smallest = None
+    low, high, chosen = math.log(LAMBDAS[-1] / 4), math.log(HIGHEST), None
+    for tries in (TRIES, TRIES // 2):
+        for _ in range(tries):
+            middle = (low + high) / 2
+            tried = attempt(math.exp(middle), chosen)
+            size = len(tried.data)
+            if smallest is None or size < len(smallest.data):
+                smallest = tried
+            if size > limit:
+                low = middle
+                continue
+            high = middle
+            if best is None or size > len(best.data):
+                best = tried
+            if size >= MIN_FILL * limit:
+                return best, None
+        if best is None:
+            break
+        low, high, chosen = math.log(best.lmbda / 8), math.log(best.lmbda), best.chosen
     assert smallest is not None
     if best is None:
-        return smallest, f"no stream of {limit} bytes was found; the smallest has {len(smallest.data)}"
-    return best, f"no use was found for {limit} bytes; the stream has {len(best.data)}"
+        return smallest, f"target of {limit} bytes not reached: the smallest stream has {len(smallest.data)} bytes"
+    return best, f"target of {limit} bytes not reached: quality saturates at {len(best.data)} bytes"
 
 
-def _attempt(latent: np.ndarray, width: int, height: int, metadata: Metadata | None, lmbda: float) -> _Attempt:
-    """With the better of the two sets of networks whose lambdas are next to this one."""
+def _attempt(
+    latent: np.ndarray, width: int, height: int, metadata: Metadata | None, lmbda: float, chosen: _Set | None = None
+) -> _Attempt:
+    """With a set of networks, or the better of the two whose lambdas are next to this one."""
     architecture = _architecture()
     distances = [abs(math.log(lmbda / own)) for own in LAMBDAS]
+    nearest = [_sets()[index] for index in sorted(np.argsort(distances)[:2].tolist())]
     best: tuple[float, _Set, np.ndarray, float] | None = None
-    for index in sorted(np.argsort(distances)[:2].tolist()):
-        candidate = _sets()[index]
+    for candidate in nearest if chosen is None else [chosen]:
         price = lmbda / (width * height) * latent.size
         grid = round_by_rate(latent, candidate, architecture, price)
         error = float(np.square(synthesize([grid], candidate.networks, architecture) - latent).mean())
@@ -198,7 +208,7 @@ def _attempt(latent: np.ndarray, width: int, height: int, metadata: Metadata | N
         function=chosen.function,
         metadata=metadata,
     )
-    return _Attempt(lmbda, data, error, chosen.networks, grid)
+    return _Attempt(lmbda, chosen, data, error, grid)
 
 
 def round_by_rate(latent: np.ndarray, networks: _Set, architecture: Architecture, price: float) -> np.ndarray:

@@ -22,5 +22,6 @@ def libraries() -> Iterator[None]:
 
 def not_installed(error: ModuleNotFoundError) -> ClricError:
     """What to say of a library that is missing: how to install it."""
+    extra = "vae" if error.name in ("diffusers", "huggingface_hub") else "encoder"
     without = " (preset instant needs 'clric[cpu]' only)" if error.name == "torch" else ""
-    return ClricError(f"{error.name} is not installed; run: pip install 'clric[encoder]'{without}")
+    return ClricError(f"{error.name} is not installed; run: pip install 'clric[{extra}]'{without}")

@@ -11,7 +11,7 @@ Networks that exist as ONNX only are those of clric-export's making, whose layer
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from clric_decoder.models import (
     LATENT_SPACES,
     Autoencoder,
     Half,
+    file_sha256,
     find_autoencoder,
     find_decoder,
     find_weights,
@@ -69,15 +70,20 @@ def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None
 
     ``name`` may also be the path of an encoder that clric-export train (.onnx) or distill (.safetensors) made. Other
     weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among those
-    that come with clric, in the cache of the Hugging Face hub, and on the hub. Raises ModelError for missing or damaged
-    ones. The module of kinds tiny and lite is an nn.Sequential of the layers of TAESD's encoder.
+    that come with clric, in the cache of the Hugging Face hub, and on the hub. From the hub the table's commit of a
+    repository is taken, and its weights' sha256 compared where that is known; ``NAME@REVISION`` (a branch, tag or
+    commit) takes another one, from the hub or its cache alone, and compares nothing. Weights in the user's own folders
+    are taken as they are. Raises ModelError for missing or damaged ones. The module of kinds tiny and lite is an
+    nn.Sequential of the layers of TAESD's encoder.
     """
     if name.endswith(".safetensors"):
         return _load_distilled_encoder(Path(name))
-    if name.endswith(".onnx") or find_autoencoder(name).kind == "small":
+    if name.endswith(".onnx"):
         return _load_onnx_encoder(name)
-    autoencoder = find_autoencoder(name)
-    path = find_weights(autoencoder, "encoder", models) or _packaged(autoencoder)
+    autoencoder, from_hub = _find(name)
+    if autoencoder.kind == "small":
+        return _load_onnx_encoder(name)
+    path = None if from_hub else find_weights(autoencoder, "encoder", models) or _packaged(autoencoder)
     path = path or _hub_folder(autoencoder, "encoder", models)
     channels = LATENT_SPACES[autoencoder.space].channels
     module: nn.Module
@@ -99,10 +105,13 @@ def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None
     that exist as ONNX, `small` and `lite` among them, are found by clric_decoder.models.find_decoder; they must be of
     clric-export's making. Raises ModelError for missing, damaged and unknown ones.
     """
-    if name.endswith(".onnx") or find_autoencoder(name).kind in ("small", "lite"):
+    if name.endswith(".onnx"):
         return _load_onnx_decoder(name, models)
-    autoencoder = find_autoencoder(name)
-    path = find_weights(autoencoder, "decoder", models) or _hub_folder(autoencoder, "decoder", models)
+    autoencoder, from_hub = _find(name)
+    if autoencoder.kind in ("small", "lite"):
+        return _load_onnx_decoder(name, models)
+    path = None if from_hub else find_weights(autoencoder, "decoder", models)
+    path = path or _hub_folder(autoencoder, "decoder", models)
     halo: int | None
     if autoencoder.kind == "kl":
         vae = _load_kl(autoencoder, path)
@@ -114,7 +123,7 @@ def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None
             layers = _tiny_vae(autoencoder, path).decoder.layers
         else:
             state = {_without_clamp(key): tensor for key, tensor in _read_weights(path).items()}
-            layers = _tiny_decoder(channels, state, f"{path} holds no decoder of {autoencoder.name}")
+            layers = _tiny_decoder(channels, state, f"{path} is not a valid decoder of {autoencoder.name}")
         module, halo = TinyDecoder(layers), receptive_halo(layers)
     return _of_autoencoder(autoencoder, "decoder", halo, module)
 
@@ -299,7 +308,7 @@ def _tiny_encoder(kind: str, channels: int, path: Path, what: str) -> nn.Sequent
     try:
         layers.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} holds no {what}: {brief(error)}") from error
+        raise ModelError(f"{path} is not a valid {what}: {brief(error)}") from error
     return layers
 
 
@@ -360,7 +369,7 @@ def _load_distilled_encoder(path: Path) -> Network:
     except FileNotFoundError as error:
         raise ModelError(f"encoder file {path} does not exist") from error
     except Exception as error:  # safetensors' own, OSError, KeyError
-        raise ModelError(f"{path} is no encoder of clric-export distill: {brief(error)}") from error
+        raise ModelError(f"{path} is not an encoder made by clric-export distill: {brief(error)}") from error
     module = _tiny_encoder("lite", space.channels, path, "encoder of clric-export distill")
     manifest = {"name": path.stem, "latent_space": space.name, "channels": space.channels, "halo": None}
     return _of_manifest(manifest, "encoder", module)
@@ -401,7 +410,7 @@ def _load_state(layers: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 
 def _unknown(path: Path) -> str:
-    return f"{path} is no network that clric-export made: gradients cannot pass through it"
+    return f"{path} was not made by clric-export; decoders from elsewhere cannot be trained through"
 
 
 def _small_shape(state: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -466,6 +475,19 @@ def _tiny_vae(autoencoder: Autoencoder, path: Path) -> Any:
     return _load_diffusers(AutoencoderTiny, autoencoder, path)
 
 
+def _find(name: str) -> tuple[Autoencoder, bool]:
+    """The autoencoder of ``NAME``, or that of ``NAME@REVISION`` and True: it is then to come from the hub alone."""
+    base, at, revision = name.partition("@")
+    autoencoder = find_autoencoder(base)
+    if not at:
+        return autoencoder, False
+    if not revision:
+        raise ModelError(f"{name} has no revision after the @; use NAME, or NAME@ with a branch, tag or commit")
+    if autoencoder.hub_repo is None:
+        raise ModelError(f"{base} is not loaded from the Hugging Face hub, so it has no revision {revision!r}")
+    return replace(autoencoder, hub_revision=revision, hub_sha256=None), True
+
+
 def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None) -> Path:
     """The folder in diffusers layout from the hub's cache, or else the hub; ModelError without."""
     from huggingface_hub import hf_hub_download
@@ -474,7 +496,7 @@ def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[
     repo, subfolder = autoencoder.hub_repo, autoencoder.hub_subfolder
     if repo is None:
         raise missing_weights(autoencoder, half, models, None)
-    get = partial(hf_hub_download, repo, subfolder=subfolder)
+    get = partial(hf_hub_download, repo, subfolder=subfolder, revision=autoencoder.hub_revision)
     try:
         paths = [get(file, local_files_only=True) for file in DIFFUSERS_FILES]
     except LocalEntryNotFoundError:
@@ -482,9 +504,15 @@ def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[
             paths = [get(file) for file in DIFFUSERS_FILES]
         except LocalEntryNotFoundError as error:
             raise missing_weights(autoencoder, half, models, "which cannot be reached") from error
-        except OSError as error:  # no such repository, no permission, no space left
+        except OSError as error:  # no such repository or revision, no permission, no space left
             raise missing_weights(autoencoder, half, models, brief(error)) from error
-    return Path(paths[0]).parent
+    _, weights = map(Path, paths)
+    if autoencoder.hub_sha256 is not None and (digest := file_sha256(weights)) != autoencoder.hub_sha256:
+        raise ModelError(
+            f"{weights} does not match {repo} at {autoencoder.hub_revision} (sha256 {digest[:16]}, expected"
+            f" {autoencoder.hub_sha256[:16]}); delete it and download it again"
+        )
+    return weights.parent
 
 
 def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
@@ -492,12 +520,12 @@ def _load_diffusers(kind: Any, autoencoder: Autoencoder, folder: Path) -> Any:
     try:
         vae = kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).float()
     except Exception as error:  # diffusers and safetensors share no base class for what a damaged file does
-        raise ModelError(f"{folder} holds no {autoencoder.name} in diffusers layout: {brief(error)}") from error
+        raise ModelError(f"{folder} is not a valid {autoencoder.name} in diffusers layout: {brief(error)}") from error
     channels = LATENT_SPACES[autoencoder.space].channels
     if vae.config.latent_channels != channels:
         raise ModelError(
             f"{folder} has {vae.config.latent_channels} latent channels, {autoencoder.name} has {channels}:"
-            " it is another model"
+            " it is a different model"
         )
     return vae
 

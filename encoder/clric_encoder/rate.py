@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from clric_decoder.errors import ClricError
 
-DEFAULT_QUALITY = 50.0
+DEFAULT_QUALITY = 75.0
 MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
-ONE_RATE = "lambda, quality, bytes and bpp are names for one thing; give one of them"
+ONE_RATE = "lambda, quality, bytes and bpp are mutually exclusive; give one of them"
 
 
 def quality_to_lambda(quality: float) -> float:
     """Lambda of a quality from 0 to 100: 0.5 at 50, a tenth of it 40 points higher."""
     if not 0 <= quality <= 100:
-        raise ClricError(f"quality {quality:g} is not within 0 to 100")
+        raise ClricError(f"quality must be 0 to 100, not {quality:g}")
     return 0.5 * 10 ** ((50 - quality) / 40)
 
 
@@ -33,11 +33,11 @@ class Rate:
         if sum(value is not None for value in (self.lmbda, self.size, self.bpp)) != 1:
             raise ClricError(ONE_RATE)
         if self.lmbda is not None and not MIN_LAMBDA <= self.lmbda <= MAX_LAMBDA:
-            raise ClricError(f"lambda is {self.lmbda:g}; it must be within {MIN_LAMBDA:g} to {MAX_LAMBDA:g}")
+            raise ClricError(f"lambda must be {MIN_LAMBDA:g} to {MAX_LAMBDA:g}, not {self.lmbda:g}")
         if self.size is not None and self.size < 1:
-            raise ClricError(f"a file of {self.size} bytes cannot be; name at least 1")
+            raise ClricError(f"the target size must be at least 1 byte, not {self.size}")
         if self.bpp is not None and not 0 < self.bpp <= 100:
-            raise ClricError(f"{self.bpp:g} bpp cannot be; it must be above 0 and at most 100")
+            raise ClricError(f"bpp must be above 0 and at most 100, not {self.bpp:g}")
 
     def bytes(self, pixels: int) -> int | None:
         """The largest file that was asked for, if a size was."""

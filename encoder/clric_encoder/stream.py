@@ -46,7 +46,7 @@ def check_image(image: np.ndarray) -> tuple[int, int]:
         raise ClricError(f"the image is {image.shape} {image.dtype}; it must be (height, width, 3) uint8")
     height, width, _ = image.shape
     if not 1 <= min(height, width) <= max(height, width) <= bitstream.MAX_SIDE:
-        raise ClricError(f"the image is {width} x {height}; a side must be within 1 to {bitstream.MAX_SIDE}")
+        raise ClricError(f"the image is {width} x {height}; width and height must be 1 to {bitstream.MAX_SIDE}")
     return height, width
 
 
@@ -68,7 +68,7 @@ def check_latent(latent: np.ndarray, width: int, height: int, space: str) -> Non
         )
     largest = float(np.abs(latent).max(initial=0))
     if not np.isfinite(largest):
-        raise ClricError("the latent has values that are not finite; the autoencoder's weights do not suit it")
+        raise ClricError("the latent contains NaN or infinite values; check the autoencoder's weights")
     if largest > MAX_LATENT:
         raise ClricError(
             f"the latent has values of up to +-{largest:.4g}, the limit is +-{MAX_LATENT:g}; "
@@ -115,5 +115,7 @@ def decode_checked(data: bytes, networks: Sequence[Parameters], grids: Sequence[
         for decoded, coded in zip(decoded_networks, networks, strict=True)
     )
     if not same:
-        raise ClricError("the stream does not decode to what was encoded; nothing was written; please report this")
+        raise ClricError(
+            "internal error: the stream does not decode to what was encoded; no file was written; please report this"
+        )
     return synthesize(decoded_grids, decoded_networks, header.architecture)

@@ -15,6 +15,15 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork; elsewh
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+def settle() -> None:
+    """Fixes torch's number of threads for the calling thread, which torch does at the first use in a thread.
+
+    Not while `torch_threads` changes another's: for a moment the number that threads start with is that one's.
+    """
+    with _lock:
+        torch.get_num_threads()
+
+
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Lets torch compute on so many threads while it lasts, for what the calling thread does."""
@@ -29,7 +38,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def _set(count: int) -> None:
     """torch keeps the number for each thread, and another that threads start with; setting one sets both.
 
-    A thread of its own puts the other back: a program's threads that begin to use torch meanwhile would keep it.
+    A thread of its own puts the other back: threads that begin to use torch would keep it for good. That takes
+    a fraction of a millisecond, in which threads can only be kept from that by `settle`.
     """
     if count == torch.get_num_threads():
         return

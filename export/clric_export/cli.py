@@ -22,7 +22,7 @@ Report = Callable[[str], None]
 EXPORTABLE = [name for name, autoencoder in AUTOENCODERS.items() if autoencoder.kind not in ("lite", "small")]
 
 _photos = click.option(
-    "--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder."
+    "--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder of photos."
 )
 
 
@@ -30,13 +30,14 @@ class _Group(click.Group):
     """`clric-export NAME` is short for `clric-export onnx NAME`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        is_short = bool(args) and args[0] not in {*self.commands, *ctx.help_option_names}
+        is_short = bool(args) and args[0] not in {*self.commands, *ctx.help_option_names, "--version"}
         return super().parse_args(ctx, ["onnx", *args] if is_short else args)
 
 
 @click.group(cls=_Group)
+@click.version_option(package_name="clric", prog_name=NAME, message="%(prog)s %(version)s")
 def command() -> None:
-    """Make image decoders for clric-dec. `clric-export NAME` is short for `clric-export onnx NAME`."""
+    """Export and train image decoders for clric-dec. `clric-export NAME` is short for `clric-export onnx NAME`."""
 
 
 @command.command(epilog=f"NAME is one of {', '.join(EXPORTABLE)}.")
@@ -45,18 +46,18 @@ def command() -> None:
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder to write to.  [default: the user's cache, where clric-dec looks]",
+    help="Output folder.  [default: the user's cache, where clric-dec looks]",
 )
 @click.option(
     "--models",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of weights, searched before $CLRIC_MODELS, the user's cache and the Hugging Face hub.",
+    help="Folder to search for weights first, before $CLRIC_MODELS, the user's cache and the Hugging Face hub.",
 )
 @click.option("--fp32/--fp16", "only_fp32", default=None, help="Write only this precision.  [default: both]")
 def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | None) -> int:
     """Export the image decoder NAME to ONNX: NAME.onnx (fp32) and NAME.fp16.onnx, with their manifests.
 
-    Each is compared with torch, and the largest difference printed (the image's range is 0 to 1).
+    Each is compared with torch, and the maximum difference printed (images are in [0, 1]).
     """
     both: tuple[Precision, Precision] = ("fp32", "fp16")
     precisions = both if only_fp32 is None else both[:1] if only_fp32 else both[1:]
@@ -76,28 +77,34 @@ def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | 
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder to work in; a run that was stopped there goes on.",
+    help="Output folder; resumes a run that was stopped.",
 )
 @click.option(
     "--streams",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of streams of the photos by clric-enc, for a decoder that knows coded latents.",
+    help="Folder of the photos' streams by clric-enc, to train the decoder on coded latents too.",
 )
 @click.option(
     "--lpips",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of LPIPS weights; without, the decoder learns pixels and structure alone.",
+    help="Folder of LPIPS weights. Without it, the decoder is trained on pixels and structure only.",
 )
 @click.option(
     "--start",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of an earlier run, whose weights to begin with instead of random ones. Checkpoints in the output"
-    " folder have precedence; name it again to go on with a run that was stopped.",
+    help="Folder of an earlier run whose weights to start from, instead of random ones. Checkpoints in the output"
+    " folder take precedence; give it again to resume a run.",
 )
-@click.option("--iterations", type=click.IntRange(100), default=10500, show_default=True, help="Of the decoder.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder of weights, searched first.")
+@click.option(
+    "--iterations",
+    type=click.IntRange(100),
+    default=10500,
+    show_default=True,
+    help="Training iterations of the decoder.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
+@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder to search for weights first.")
 def distill(
     teacher: str,
     photos: Path,
@@ -112,8 +119,8 @@ def distill(
 ) -> int:
     """Train a small autoencoder for the latent space of TEACHER: a decoder as ONNX, an encoder as safetensors.
 
-    It learns from a folder of photos and TEACHER's images of them, and starts from random weights or --start's. Hours
-    on a CPU.
+    It is trained on a folder of photos and TEACHER's reconstructions of them, from random weights or those of --start.
+    Takes hours on a CPU.
     """
 
     def run(report: Report) -> list[Path]:
@@ -143,38 +150,40 @@ def distill(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder to work in; a run that was stopped there goes on.",
+    help="Output folder; resumes a run that was stopped.",
 )
 @click.option("--name", default="custom", show_default=True, help="Name of the files.")
-@click.option("--space", type=click.Choice(list(LATENT_SPACES)), help="Latent space.  [default: one of its own]")
-@click.option("--channels", type=click.IntRange(4, 64), default=8, show_default=True, help="Of the latent.")
+@click.option("--space", type=click.Choice(list(LATENT_SPACES)), help="Latent space.  [default: a new one]")
+@click.option("--channels", type=click.IntRange(4, 64), default=8, show_default=True, help="Latent channels.")
 @click.option(
     "--iterations",
     type=click.IntRange(0),
     default=50_000,
     show_default=True,
-    help="In all, at a constant learning rate; 0 writes the files of what is trained.",
+    help="Training iterations in total, at constant learning rate; 0 exports the last checkpoint.",
 )
 @click.option(
     "--decay",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Iterations that follow, in which the learning rate falls to zero.",
+    help="Further iterations in which the learning rate decays to zero.",
 )
-@click.option("--crop", type=click.Choice(["192", "256"]), default="192", show_default=True, help="Side of crops.")
-@click.option("--crops", type=click.IntRange(1), default=4, show_default=True, help="Crops in a batch.")
+@click.option(
+    "--crop", type=click.Choice(["192", "256"]), default="192", show_default=True, help="Crop size in pixels."
+)
+@click.option("--crops", type=click.IntRange(1), default=4, show_default=True, help="Batch size in crops.")
 @click.option(
     "--lpips",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="vgg16_lpips.npz; without, only the feature network that comes with clric is used.",
+    help="vgg16_lpips.npz. Without it, only clric's own feature network is used.",
 )
 @click.option(
     "--streams",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of streams of the photos, made with the autoencoder as it is: its decoder learns coded latents.",
+    help="Folder of the photos' streams, made with the autoencoder so far, to train its decoder on coded latents.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 def train(
     photos: Path,
     output: Path,
@@ -191,8 +200,8 @@ def train(
 ) -> int:
     """Train an autoencoder with the rate in the loss: a decoder NAME.onnx and an encoder NAME_encoder.onnx.
 
-    It learns from a folder of photos and starts from the weights of lite. Hours on a CPU; it can be stopped at any
-    time, and the same command goes on from the last checkpoint.
+    It is trained on a folder of photos, starting from the weights of lite. Takes hours on a CPU; it can be stopped at
+    any time, and the same command resumes from the last checkpoint.
     """
 
     def run(report: Report) -> list[Path]:
@@ -219,13 +228,13 @@ def train(
 
 @command.command()
 @_photos
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Output file.")
 @click.option("--vae", default="small", show_default=True, help="Autoencoder.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
-    """Train the networks that streams of preset instant name: network_sets.json.
+    """Train the networks that streams of preset instant name: registered_networks.json.
 
-    Some minutes on a CPU.
+    Takes some minutes on a CPU.
     """
 
     def run(report: Report) -> list[Path]:
@@ -249,14 +258,18 @@ def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder to work in; a run that was stopped there goes on with the round that was stopped.",
+    help="Output folder; resumes a run that was stopped, from the start of its round.",
 )
-@click.option("--vae", default="small", show_default=True, help="Autoencoder whose distortions are learned.")
-@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--pool", type=click.IntRange(8), default=3000, show_default=True, help="Examples that each round adds.")
-@click.option("--iterations", type=click.IntRange(1), default=1300, show_default=True, help="Of each round.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder of weights, searched first.")
+@click.option("--vae", default="small", show_default=True, help="Autoencoder whose distortions to learn.")
+@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Rounds of training.")
+@click.option(
+    "--pool", type=click.IntRange(8), default=3000, show_default=True, help="Training examples added per round."
+)
+@click.option(
+    "--iterations", type=click.IntRange(1), default=1300, show_default=True, help="Training iterations per round."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
+@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder to search for weights first.")
 def features(
     photos: Path,
     lpips: Path,
@@ -270,7 +283,7 @@ def features(
 ) -> int:
     """Distil LPIPS-VGG into the small feature network that clric-enc trains with.
 
-    An hour on two cores.
+    Takes an hour on two cores.
     """
 
     def run(report: Report) -> list[Path]:
@@ -318,8 +331,8 @@ def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> i
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:
     """Writes the files, and gives a line about each. Raises ClricError, whatever goes wrong."""
-    if find_autoencoder(name).kind in ("lite", "small"):
-        raise ClricError(f"the decoder of {name} comes with clric as ONNX: there is nothing to export")
+    if find_autoencoder(name.partition("@")[0]).kind in ("lite", "small"):
+        raise ClricError(f"the decoder of {name} comes with clric as ONNX; there is nothing to export")
     with _libraries():
         from .onnx import write_network  # torch takes seconds to import, --help should not
     from clric_encoder.networks import load_decoder_network

@@ -54,12 +54,13 @@ class Crops:
                 for path in sorted([*streams.glob(name), *streams.glob(f"*/{name}")]):
                     latent = torch.from_numpy(decode_latent(path.read_bytes()))
                     if latent.shape[1:] != tuple(-(-length // 8) for length in image.shape[:2]):
-                        raise ClricError(f"{path} is a stream of another image than {files[i]}")
+                        raise ClricError(f"{path} is not a stream of {files[i]}")
                     self.coded.append((len(self.images), latent))
             self.images.append(image)
         if len(self.images) <= HELD_OUT:
             raise ClricError(
-                f"{folder} holds {len(self.images)} photos with sides of at least {side} pixels: hundreds are needed"
+                f"{folder} contains only {len(self.images)} photos with sides of at least {side} pixels;"
+                " hundreds are needed"
             )
         self._fonts = sorted(Path("/usr/share/fonts").rglob("*.ttf"))
 

@@ -202,7 +202,8 @@ class Photos:
             self.latents.append([torch.from_numpy(latent) for latent in latents])
         if len(self.images) <= HELD_OUT:
             raise ClricError(
-                f"{folder} holds {len(self.images)} photos with sides of at least {LEAST_SIDE}: hundreds are needed"
+                f"{folder} contains only {len(self.images)} photos with sides of at least {LEAST_SIDE};"
+                " hundreds are needed"
             )
         self.coded = [i for i, latents in enumerate(self.latents) if len(latents) > 1 and i >= HELD_OUT]
 
@@ -358,9 +359,9 @@ def _train(
         try:
             state = torch.load(checkpoint, weights_only=True)
         except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
-            raise ModelError(f"{checkpoint} cannot be read ({brief(error)}): remove it to start anew") from error
+            raise ModelError(f"{checkpoint} cannot be read ({brief(error)}); delete it to start over") from error
         if state["settings"] != asdict(settings):
-            raise ModelError(f"{checkpoint} is of a run with other settings: name another folder")
+            raise ModelError(f"{checkpoint} belongs to a run with other settings; choose another folder")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["iteration"]
@@ -396,9 +397,9 @@ def _load_start(model: nn.Module, start: Path, folder: Path, half: str) -> None:
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or brief(error)}; name the folder of an earlier run") from error
+        raise ModelError(f"{path}: {error.strerror or brief(error)}; give the folder of an earlier run") from error
     except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
-        raise ModelError(f"{path} holds no {half} to start from: {brief(error)}") from error
+        raise ModelError(f"{path} contains no {half} to start from: {brief(error)}") from error
 
 
 def _reduced(image: np.ndarray) -> np.ndarray:

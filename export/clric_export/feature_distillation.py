@@ -82,7 +82,7 @@ def distill_features(
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(file for file in photos.iterdir() if file.is_file())
     if len(files) <= 2 * HELD_OUT:
-        raise ClricError(f"{photos} holds {len(files)} photos: hundreds are needed")
+        raise ClricError(f"{photos} contains only {len(files)} photos; hundreds are needed")
     files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
     maker = _PoolMaker(LpipsVgg(vgg, torch.bfloat16), encode, decoder)
 

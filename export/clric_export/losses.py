@@ -34,7 +34,7 @@ class Lpips(nn.Module):
             self._weights = nn.ParameterDict({name.replace(".", "_"): value for name, value in state.items()})
             self._heads = nn.ParameterList([heads[f"lin{i}.model.1.weight"] for i in range(len(_LPIPS_SLICES))])
         except Exception as error:  # numpy, zipfile and pickle share no base class for a damaged file
-            raise ModelError(f"{folder} holds no LPIPS weights: {brief(error)}") from error
+            raise ModelError(f"{folder} does not contain LPIPS weights: {brief(error)}") from error
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
         self.requires_grad_(False)

@@ -59,8 +59,8 @@ def write_network(network: Network, folder: Path, precision: Precision, stem: st
         difference = parity(network, file)
         if not difference <= PARITY_LIMITS[precision]:
             raise ModelError(
-                f"{stem}.onnx differs from torch by {difference:.2g} where at most"
-                f" {PARITY_LIMITS[precision]:.2g} is right: nothing is written"
+                f"{stem}.onnx differs from torch by {difference:.2g}, the limit is"
+                f" {PARITY_LIMITS[precision]:.2g}; nothing was written"
             )
         manifest = {
             "name": stem,

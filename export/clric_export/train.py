@@ -242,9 +242,9 @@ class _Run:
         try:
             state = torch.load(checkpoint, weights_only=True)
         except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
-            raise ModelError(f"{checkpoint} cannot be read ({brief(error)}): remove it to start anew") from error
+            raise ModelError(f"{checkpoint} cannot be read ({brief(error)}); delete it to start over") from error
         if state["settings"] != asdict(self.settings):
-            raise ModelError(f"{checkpoint} is of a run with other settings: name another folder")
+            raise ModelError(f"{checkpoint} belongs to a run with other settings; choose another folder")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

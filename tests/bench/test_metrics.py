@@ -137,7 +137,7 @@ def test_lpips_takes_torchvisions_files(network: str, tmp_path: Path) -> None:
     assert metrics.compare(a, a, {network: lpips})[0][f"lpips_{network}"] == 0
     assert metrics.compare(a, b, {network: lpips})[0][f"lpips_{network}"] > 0.01
     (tmp_path / file).write_bytes(b"no weights")
-    with pytest.raises(ModelError, match=f"are no weights of LPIPS {network}"):
+    with pytest.raises(ModelError, match=f"are not LPIPS {network} weights"):
         metrics.Lpips(network, *files)
 
 

@@ -337,10 +337,10 @@ def test_measures_by_vgg16_and_its_frechet_distance(run: Run, shared: Path, tmp_
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_photo(tmp_path / "photo.png", 16, 16)
-    assert_one_line(run("clric-bench", "run", "empty"), 1, "empty: holds no images")
+    assert_one_line(run("clric-bench", "run", "empty"), 1, "empty: contains no images")
     assert_one_line(run("clric-bench", "run", "gone"), 2, "gone", "does not exist")
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "jpg"), 2, "'jpg'", "jpeg")
-    assert_one_line(run("clric-bench", "run", "photo.png", "--lambda", "nan"), 2, "lambda is nan")
+    assert_one_line(run("clric-bench", "run", "photo.png", "--lambda", "nan"), 2, "lambda must be", "not nan")
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "clric", "--vae", "x"), 1, "'x' is not known")
     assert_one_line(run("clric-bench", "run", "photo.png", "--codec", "clric", "--tune", "y"), 1, "'y' is not known")
     assert not (tmp_path / "results").exists()

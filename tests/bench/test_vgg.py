@@ -123,7 +123,7 @@ def test_equal_images_and_an_original_that_changes(network: Path, weights: Path)
 
 def test_damaged_weights_are_named(network: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="holds no weights of DISTS"):
+    with pytest.raises(ModelError, match="does not contain DISTS weights"):
         vgg.VggJudge(network, tmp_path / "weights.pt")
 
 

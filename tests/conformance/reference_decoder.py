@@ -1,690 +1,719 @@
-"""An independent reference decoder of the clric image stream, version 0.
+"""A slow, plain decoder of the clric stream, version 1, written from bitstream_spec.md alone.
 
-Written from the specification (bitstream_spec.md) alone, to be read beside it: one function or class per
-section, plain Python integers from the bytes to the grids, numpy in float64 from the grids to the latent. It
-is made to be simple, not fast. It imports nothing from the product.
+It takes the bytes of a stream and gives its header, networks, integer grids and latent; it shares no code with any
+other decoder. Comments name the sections of the specification. From bytes to grids everything is a Python integer;
+the latent is computed in float64 and stands for the exact arithmetic of section 9.
 
-Command line: python reference_decoder.py STREAM [--grids OUT] [--latent OUT]
+    python reference_decoder.py STREAM [--grids FILE] [--latent FILE]
+    python reference_decoder.py --self-check
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
 import struct
 import sys
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from math import prod
 from operator import mul
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Grid = list[list[int]]  # [row][column]
-Level = list[Grid]  # [channel][row][column]; empty for a level without channels
-Array = NDArray[np.float64]
-
-ERRORS = ("magic", "truncated", "version", "checksum", "unsupported", "field", "limit", "payload")
-
-MAGIC = b"\xc7\x4c\x52"
-SPACES = {  # section 3.1
-    1: ("sd1", 4), 2: ("sdxl", 4), 3: ("sd3", 16), 4: ("flux1", 16), 5: ("flux2", 32), 6: ("clric", 8),
-}  # fmt: skip
-ARCHITECTURES = {  # section 10
-    1: bytes.fromhex("0504010101010800220803040008090405"),
-    2: bytes.fromhex("070101010101010108000208042808040004090405"),
-    3: bytes.fromhex("0510010101010800220803100010191004"),
-    4: bytes.fromhex("0520010101010800220803200020192004"),
-    5: bytes.fromhex("070101010101010108000208042808100010191015"),
-    6: bytes.fromhex("070101010101010108000208042808200020192015"),
-    7: bytes.fromhex("0508010101010800220803080008190804"),
-    8: bytes.fromhex("01080803220803080008190804"),
-}
-NETWORK_SETS = Path(__file__).parents[2] / "decoder/clric_decoder/weights/network_sets.json"  # section 6.3
-UPSAMPLER_DEFAULT = (-0.03515625, 0.26171875, 0.87890625, -0.10546875)  # section 6.2
-NEIGHBOURS = (  # section 7.2: (dy, dx)
-    (0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3),
-    (-1, -2), (-2, -1), (-2, 1), (-2, 2), (-1, -3), (-2, -2), (-3, 1), (-3, -1),
-)  # fmt: skip
-MAX_VALUES_PER_BYTE = 1000  # section 7
-MAX_PIXELS_PER_BYTE = 16384  # section 11
-MAX_SYNTHESIS_WEIGHTS = 32768  # section 3.2
-MAX_GRID_VALUE = 32767  # section 7
-MAX_ESCAPE_BITS = 15  # section 5.2
+MAGIC = bytes.fromhex("c74c52")
+VERSION = 1
+PIXEL_LIMIT = 89_478_485  # section 12: a decoder's limit unless its user raises it
+PIXELS_PER_BYTE = 16_384  # section 12
+VALUES_PER_BYTE = 1_000  # section 7
+REGISTERED_NETWORKS = Path(__file__).parents[2] / "decoder" / "clric_decoder" / "weights" / "registered_networks.json"
 
 
-class StreamError(ValueError):
-    """The stream is not valid, or beyond a limit; ``kind`` is one of the error names of section 12."""
+class StreamError(Exception):
+    """An error of section 13. `kind` is its name; the message names the field, its value and the limit."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        """Keep the error's name beside its message."""
-        assert kind in ERRORS
-        super().__init__(message)
+    def __init__(self, kind: str, message: str):
+        super().__init__(f"{kind}: {message}")
         self.kind = kind
 
 
-# ---- section 3: the header
+# --- What decoding gives ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A synthesis layer (section 3.2)."""
+    """One synthesis layer (section 3.2). `residual` is r: 0 none; r > 0 adds the input of the layer r - 1 before."""
 
     inputs: int
-    outputs: int
+    channels: int
     kernel: int
     residual: int
     relu: bool
     depthwise: bool
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.channels, 1 if self.depthwise else self.inputs, self.kernel, self.kernel)
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture description (section 3.2)."""
+    """An architecture description (section 3.2). `level_channels` has the finest level first."""
 
-    channels: tuple[int, ...]  # of each level, the finest first
+    level_channels: tuple[int, ...]
     neighbours: int
-    earlier: int
-    coarser: int
-    hidden: int
-    two_arms: bool
-    grid_scales: bool
-    width: int
+    hidden_layers: int
+    has_grid_scales: bool
+    hidden_width: int
     layers: tuple[Layer, ...]
 
     @property
     def levels(self) -> int:
-        """The number of levels, L."""
-        return len(self.channels)
+        return len(self.level_channels)
 
     @property
     def arm_widths(self) -> list[int]:
-        """Inputs of the ARM, then outputs of its layers (section 6.1)."""
-        return [self.neighbours + self.earlier + self.coarser, *[self.width] * self.hidden, 2]
+        return [self.neighbours, *[self.hidden_width] * self.hidden_layers, 2]
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header (section 3), and the segments that its lengths cut from the file (section 2)."""
+    """Sections 3 and 3.4.
+
+    `space` is the latent space's name, `image_decoder` the number as it is stored (0 ... 7), and `metadata` the first
+    entry of each of the types 1 ... 3. `fingerprint` is empty but for the custom space.
+    """
 
     width: int
     height: int
     space: str
+    space_number: int
     channels: int
+    fingerprint: bytes
+    image_decoder: int
+    function: int
     architecture: Architecture
-    networks: bytes
-    levels: tuple[bytes, ...]  # the finest first; empty for a level without channels
-    metadata: bytes
+    metadata: dict[int, bytes]
 
-    def size(self, level: int) -> tuple[int, int]:
+    def level_shape(self, level: int) -> tuple[int, int]:
         """Rows and columns of a level's grids (section 1)."""
-        rows, columns = -(-self.height // 8), -(-self.width // 8)
-        return -(-rows >> level), -(-columns >> level)
+        latent_rows, latent_columns = -(-self.height // 8), -(-self.width // 8)
+        return -(-latent_rows >> level), -(-latent_columns >> level)
 
 
-class Fields:
-    """Reads fields one after another from bytes."""
+class Group(NamedTuple):
+    """A group of parameters as it is coded (section 6)."""
 
-    def __init__(self, data: bytes) -> None:
-        """Start at the first byte of ``data``."""
+    name: str
+    exponent: int
+    integers: list[int]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`grids` has an int32 array (channels, rows, columns) for each level, the finest first; `latent` is float64."""
+
+    header: Header
+    networks: list[Group]
+    grids: list[np.ndarray]
+    latent: np.ndarray
+
+
+# --- Section 3: the header --------------------------------------------------------------------------------------------
+
+SPACES = {  # section 3.1: number to name and channels
+    1: ("sd1", 4),
+    2: ("sdxl", 4),
+    3: ("sd3", 16),
+    4: ("flux1", 16),
+    5: ("flux2", 32),
+    6: ("clric", 8),
+}
+
+INSTANT = "010808120803080008190804"
+FUNCTIONS = {  # section 11: number to description
+    1: "05040101010108120803040008090405",
+    2: "0701010101010101080208042808040004090405",
+    3: "05100101010108120803100010191004",
+    4: "05200101010108120803200020192004",
+    5: "0701010101010101080208042808100010191015",
+    6: "0701010101010101080208042808200020192015",
+    7: "05080101010108120803080008190804",
+    8: INSTANT,
+    9: INSTANT,
+    10: INSTANT,
+    11: INSTANT,
+    12: INSTANT,
+    13: INSTANT,
+    14: INSTANT,
+}
+FUNCTIONS_WITH_NETWORKS = range(8, 15)
+
+
+class Reader:
+    """Reads a string of bytes from front to back; reading past its end is the error `kind`."""
+
+    def __init__(self, data: bytes, kind: str):
         self.data = data
+        self.kind = kind
         self.position = 0
 
-    def take(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
-        if count > len(self.data) - self.position:
-            raise StreamError("truncated", f"{count} bytes wanted at {self.position} run past the end")
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.position
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.left:
+            raise StreamError(
+                self.kind, f"{what} needs {count} bytes at byte {self.position}; only {self.left} are left"
+            )
         self.position += count
         return self.data[self.position - count : self.position]
 
-    def number(self, count: int) -> int:
-        """A big-endian integer of ``count`` bytes."""
-        return int.from_bytes(self.take(count), "big")
+    def integer(self, size: int, what: str, lowest: int, highest: int) -> int:
+        value = int.from_bytes(self.take(size, what), "big")
+        if not lowest <= value <= highest:
+            raise StreamError("field", f"{what} is {value}, not in {lowest} ... {highest}")
+        return value
 
-    def limited(self, name: str, low: int, high: int, count: int = 1) -> int:
-        """An integer that must lie within ``low`` ... ``high``."""
-        return within(name, self.number(count), low, high)
-
-    def leb128(self) -> int:
-        """A length (section 3): seven bits a byte, lowest first, shortest form, five bytes at most."""
-        result = 0
-        for index in range(5):
-            byte = self.number(1)
-            result |= (byte & 127) << (7 * index)
+    def leb128(self, what: str) -> int:
+        """A length: seven bits a byte, the lowest first, in 1 to 5 bytes and in no more than it needs."""
+        value = 0
+        for i in range(5):
+            byte = self.take(1, what)[0]
+            value |= (byte & 127) << (7 * i)
             if byte < 128:
-                if byte == 0 and index > 0:
-                    raise StreamError("field", "a length is not in its shortest form")
-                return result
-        raise StreamError("field", "a length has more than 5 bytes")
+                if byte == 0 and i > 0:
+                    raise StreamError("field", f"{what} {value} is written in {i + 1} bytes, more than it needs")
+                return value
+        raise StreamError("field", f"{what} has more than 5 bytes")
 
 
-def within(name: str, value: int, low: int, high: int) -> int:
-    """``value``, which must lie within ``low`` ... ``high``."""
-    if not low <= value <= high:
-        raise StreamError("field", f"{name} is {value}, not within {low} ... {high}")
-    return value
+def check_reserved(byte: int, mask: int, what: str) -> None:
+    if byte & mask:
+        raise StreamError("unsupported", f"{what} is {byte:#04x}: a reserved bit is set")
 
 
-def check_container(data: bytes) -> None:
-    """Sections 2 and 12: magic, version, checksum, in this order."""
-    if not data or data[:3] != MAGIC[: len(data)]:
-        raise StreamError("magic", "not a clric stream")
-    if len(data) < 4:
-        raise StreamError("truncated", "the file ends within magic or version")
-    if data[3] != 0:
-        raise StreamError("version", f"version {data[3]} is not known")
-    if len(data) < 8:
-        raise StreamError("checksum", "the file is too short for a checksum")
-    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
-        raise StreamError("checksum", "the checksum does not match")
+def read_layer(reader: Reader, n: int, inputs: list[int]) -> Layer:
+    """Layer n of the synthesis; inputs has the number of input channels of layers 0 ... n."""
+    channels = reader.integer(1, f"channels of synthesis layer {n}", 1, 64)
+    kind = reader.take(1, f"kind of synthesis layer {n}")[0]
+    check_reserved(kind, 0b1110_0000, f"kind of synthesis layer {n}")
+    layer = Layer(
+        inputs=inputs[n],
+        channels=channels,
+        kernel=3 if kind & 1 else 1,
+        residual=kind >> 1 & 3,
+        relu=bool(kind & 8),
+        depthwise=bool(kind & 16),
+    )
+    if layer.residual:
+        source = n - (layer.residual - 1)
+        if source < 0:
+            raise StreamError("field", f"residual of synthesis layer {n} is the input of layer {source}: there is none")
+        if inputs[source] != channels:
+            raise StreamError("field", f"residual of synthesis layer {n} has {inputs[source]} channels, not {channels}")
+    if layer.depthwise and inputs[n] != channels:
+        raise StreamError("field", f"depthwise synthesis layer {n} has {channels} channels; its input {inputs[n]}")
+    return layer
 
 
-def read_header(data: bytes, max_pixels: int) -> Header:
-    """Sections 2 and 3, of a file whose magic, version and checksum are right."""
-    fields = Fields(data[:-4])  # neither a field nor a segment may reach into the checksum
-    fields.take(4)
-    flags = fields.number(1)
-    space = flags & 15
-    if space != 0 and space not in SPACES:
-        raise StreamError("unsupported", f"latent space {space} is not known")
-    width = fields.limited("width", 1, 65535, 2)
-    height = fields.limited("height", 1, 65535, 2)
-    if width * height > max_pixels:
-        raise StreamError("limit", f"{width} x {height} pixels are more than {max_pixels}")
-    if width * height > MAX_PIXELS_PER_BYTE * len(data):
-        raise StreamError("field", f"{len(data)} bytes are too few for {width} x {height} pixels")
-    if space == 0:
-        channels = fields.limited("latent channels", 1, 64)
-        name = "custom-" + fields.take(8).hex()
-    else:
-        name, channels = SPACES[space]
-
-    number = fields.number(1)
-    if number == 0:
-        start = fields.position
-        architecture = read_architecture(fields, channels)
-        description = fields.data[start : fields.position]
-    elif number in ARCHITECTURES:
-        description = ARCHITECTURES[number]
-        architecture = read_architecture(Fields(description), channels)
-    else:
-        raise StreamError("unsupported", f"architecture {number} is not known")
-
-    networks_length = fields.leb128()
-    lengths = [0] * architecture.levels
-    for level in range(architecture.levels - 1, 0, -1):
-        if architecture.channels[level]:
-            lengths[level] = fields.leb128()
-    metadata_length = fields.leb128() if flags & 16 else 0
-
-    left = len(fields.data) - fields.position - networks_length - sum(lengths) - metadata_length
-    if left < 0:
-        raise StreamError("truncated", "the lengths add up to more than the file holds")
-    if left > 0 and architecture.channels[0] == 0:
-        raise StreamError("field", "bytes are left for level 0, which has no channels")
-    lengths[0] = left
-    networks = fields.take(networks_length)
-    if flags >> 5:
-        networks = network_set(description, flags >> 5)
-    levels = [fields.take(length) for length in reversed(lengths)][::-1]
-    metadata = fields.take(metadata_length)  # section 3.3: a decoder may ignore what it holds
-    return Header(width, height, name, channels, architecture, networks, tuple(levels), metadata)
-
-
-def read_architecture(fields: Fields, latent_channels: int) -> Architecture:
+def read_architecture(reader: Reader) -> Architecture:
     """Section 3.2."""
-    levels = fields.limited("levels", 1, 16)
-    channels = tuple(fields.limited(f"channels of level {i}", 0, 64) for i in range(levels))
-    if channels[-1] == 0:
-        raise StreamError("field", "the coarsest level has no channels")
-    within("channels of all levels", sum(channels), 1, 128)
-
-    neighbours = fields.limited("neighbours", 0, 16)
-    byte = fields.number(1)
-    earlier = within("earlier channels", byte & 15, 0, 7)
-    coarser = within("coarser samples", byte >> 4, 0, 4)
-    if neighbours + earlier + coarser == 0:
-        raise StreamError("field", "the ARM has no inputs")
-    byte = fields.number(1)
-    if byte >> 6:
-        raise StreamError("unsupported", "a reserved bit of the ARM is set")
-    hidden = within("hidden layers", byte & 15, 0, 4)
-    two_arms, grid_scales = bool(byte & 16), bool(byte & 32)
-    width = fields.limited("width of the ARM", 1, 48)
-
-    count = fields.limited("synthesis layers", 1, 8)
+    levels = reader.integer(1, "levels", 1, 16)
+    lowest = [0] * (levels - 1) + [1]
+    level_channels = tuple(reader.integer(1, f"channels of level {i}", lowest[i], 64) for i in range(levels))
+    if sum(level_channels) > 128:
+        raise StreamError("field", f"the levels have {sum(level_channels)} channels, more than 128")
+    neighbours = reader.integer(1, "neighbours", 1, 8)
+    arm = reader.take(1, "ARM's byte")[0]
+    check_reserved(arm, 0b1110_0000, "ARM's byte")
+    hidden_layers = arm & 15
+    if hidden_layers > 4:
+        raise StreamError("field", f"the ARM has {hidden_layers} hidden layers, more than 4")
+    hidden_width = reader.integer(1, "width of the ARM's hidden layers", 1, 48)
     layers: list[Layer] = []
-    weights = 0
-    inputs = sum(channels)
-    for index in range(count):
-        outputs = fields.limited(f"channels of layer {index}", 1, 64)
-        kind = fields.number(1)
-        if kind >> 5:
-            raise StreamError("unsupported", f"a reserved bit of layer {index} is set")
-        residual = kind >> 1 & 3
-        layer = Layer(inputs, outputs, 3 if kind & 1 else 1, residual, bool(kind & 8), bool(kind & 16))
-        layers.append(layer)
-        weights += outputs * (1 if layer.depthwise else inputs) * layer.kernel**2
-        within("synthesis weights", weights, 1, MAX_SYNTHESIS_WEIGHTS)
-        if residual:
-            within(f"layer that layer {index} adds the input of", index - residual + 1, 0, index)
-            if layers[index - residual + 1].inputs != outputs:
-                raise StreamError("field", f"layer {index} adds an input of another number of channels")
-        if layer.depthwise and inputs != outputs:
-            raise StreamError("field", f"layer {index} is depthwise and changes the number of channels")
-        inputs = outputs
-    if inputs != latent_channels:
-        raise StreamError("field", f"the last layer has {inputs} channels, the latent {latent_channels}")
-    return Architecture(channels, neighbours, earlier, coarser, hidden, two_arms, grid_scales, width, tuple(layers))
+    inputs = [sum(level_channels)]
+    for n in range(reader.integer(1, "synthesis layers", 1, 8)):
+        layers.append(read_layer(reader, n, inputs))
+        inputs.append(layers[n].channels)
+    weights = sum(prod(layer.weight_shape) for layer in layers)
+    if weights > 32_768:
+        raise StreamError("field", f"the synthesis has {weights} weights, more than 32768")
+    return Architecture(level_channels, neighbours, hidden_layers, bool(arm & 16), hidden_width, tuple(layers))
 
 
-# ---- section 4: probability tables
-
-D_TEXT = """
-    790015084 858380948 926260603 993214474 1058856952 1122857733 1184941259 1244884674
-    1302514674 1357703594 1410365023 1460449192 1507938324 1552842111 1595193398 1635044183
-    1672461947 1707526359 1740326356 1770957582 1799520184 1826116930 1850851625 1873827806
-    1895147668 1914911208 1933215558 1950154468 1965817939 1980291960 1993658346 2005994659
-    2017374191 2027865998 2037534981 2046441993 2054643979 2062194123 2069142020 2075533842
-    2081412522 2086817930 2091787048 2096354149 2100550963 2104406842 2107948921 2111202261
-    2114190000 2116933485 2119452401 2121764891 2123887672 2125836137 2127624459 2129265679
-    2130771798 2132153851 2133421987 2134585536 2135653073 2136632477 2137530990 2138355262
-    2139111403 2139805021 2140441270 2141024879 2141560191 2142051191 2142501540 2142914595
-    2143293437 2143640897 2143959568 2144251832 2144519874 2144765700 2144991148 2145197905
-"""  # appendix A
-D = [int(number) for number in D_TEXT.split()]
-
-BIT = (0, 32768, 65536)  # section 5.1: a bit of equal probability
+def read_metadata(segment: bytes) -> dict[int, bytes]:
+    """Section 3.4: the first entry of each of the types 1 ... 3."""
+    entries: dict[int, bytes] = {}
+    reader = Reader(segment, "field")
+    while reader.left:
+        kind = reader.take(1, "metadata type")[0]
+        if kind >= 128:
+            raise StreamError("unsupported", f"metadata type {kind} is critical and not known")
+        content = reader.take(reader.leb128("length of a metadata entry"), f"metadata entry of type {kind}")
+        if kind in (1, 2, 3):
+            entries.setdefault(kind, content)
+    return entries
 
 
-@cache
-def powers(scale: int) -> list[int]:
-    """Section 4: P[0 ... 520] of a scale index."""
-    result = [1 << 31]
-    for _ in range(520):
-        result.append((result[-1] * D[scale] + (1 << 30)) >> 31)
-    return result
+def read_stream(data: bytes, max_pixels: int) -> tuple[Header, bytes, dict[int, bytes]]:
+    """Sections 2 and 3: header, networks segment, and the segment of each level that has channels."""
+    if not data or data[:3] != MAGIC[: len(data)]:
+        raise StreamError("magic", f"the file starts with '{data[:3].hex(' ')}', not with 'c7 4c 52'")
+    if len(data) < 4:
+        raise StreamError("truncated", f"the file ends after {len(data)} bytes, before its version")
+    if data[3] != VERSION:
+        raise StreamError("version", f"the stream has version {data[3]}; this decoder reads version {VERSION}")
+    if len(data) < 8:
+        raise StreamError("checksum", f"the file has {len(data)} bytes, too few for a checksum")
+    stored, computed = int.from_bytes(data[-4:], "big"), zlib.crc32(data[:-4])
+    if stored != computed:
+        raise StreamError("checksum", f"the checksum is {stored:08x}, not {computed:08x}: the file is damaged")
+
+    reader = Reader(data[:-4], "truncated")
+    reader.take(4, "magic and version")
+    flags = reader.take(1, "flags")[0]
+    space_number = flags & 15
+    if space_number != 0 and space_number not in SPACES:
+        raise StreamError("unsupported", f"latent space {space_number} is not known")
+    width = reader.integer(2, "width", 1, 65_535)
+    height = reader.integer(2, "height", 1, 65_535)
+    if width * height > max_pixels:
+        raise StreamError("limit", f"the image has {width} x {height} pixels, more than {max_pixels}")
+    if width * height > PIXELS_PER_BYTE * len(data):
+        raise StreamError("field", f"{width} x {height} pixels are more than 16384 for each of {len(data)} bytes")
+    if space_number == 0:
+        space = "custom"
+        channels = reader.integer(1, "channels of the latent", 1, 64)
+        fingerprint = reader.take(8, "fingerprint")
+    else:
+        space, channels = SPACES[space_number]
+        fingerprint = b""
+
+    function = reader.take(1, "function")[0]
+    if function == 0:
+        architecture = read_architecture(reader)
+    elif function in FUNCTIONS:
+        architecture = read_architecture(Reader(bytes.fromhex(FUNCTIONS[function]), "field"))
+    else:
+        raise StreamError("unsupported", f"function {function} is not known")
+    if architecture.layers[-1].channels != channels:
+        raise StreamError(
+            "field", f"the last synthesis layer has {architecture.layers[-1].channels} channels; the latent {channels}"
+        )
+
+    metadata_length = reader.leb128("metadata length") if flags & 16 else 0
+    networks_length = reader.leb128("networks length")
+    coded_levels = [i for i in reversed(range(architecture.levels)) if architecture.level_channels[i] > 0]
+    lengths = {i: reader.leb128(f"length of level {i}") for i in coded_levels if i > 0}
+
+    metadata = read_metadata(reader.take(metadata_length, "metadata"))
+    networks = reader.take(networks_length, "networks")
+    segments = {i: reader.take(length, f"level {i}") for i, length in lengths.items()}
+    if architecture.level_channels[0] > 0:
+        segments[0] = reader.take(reader.left, "level 0")
+    elif reader.left > 0:
+        raise StreamError("field", f"{reader.left} bytes are left for level 0, which has no channels")
+
+    header = Header(
+        width, height, space, space_number, channels, fingerprint, flags >> 5, function, architecture, metadata
+    )
+    return header, networks, segments
 
 
-@cache
-def table(scale: int, fraction: int) -> tuple[int, ...]:
-    """Section 4: cum[0 ... 64] of T(s, f)."""
-    power = powers(scale)
-    cum = [0]
-    for j in range(1, 64):
-        z = 16 * (j - 32) + 8 - fraction
-        distribution = (1 << 32) - power[z] if z >= 0 else power[-z]
-        cum.append(j + ((distribution * 65472) >> 32))
-    cum.append(65536)
-    return tuple(cum)
+# --- Section 4: probability tables (the numbers D are in appendix A) --------------------------------------------------
+
+D = [
+    *(790015084, 858380948, 926260603, 993214474, 1058856952, 1122857733, 1184941259, 1244884674),
+    *(1302514674, 1357703594, 1410365023, 1460449192, 1507938324, 1552842111, 1595193398, 1635044183),
+    *(1672461947, 1707526359, 1740326356, 1770957582, 1799520184, 1826116930, 1850851625, 1873827806),
+    *(1895147668, 1914911208, 1933215558, 1950154468, 1965817939, 1980291960, 1993658346, 2005994659),
+    *(2017374191, 2027865998, 2037534981, 2046441993, 2054643979, 2062194123, 2069142020, 2075533842),
+    *(2081412522, 2086817930, 2091787048, 2096354149, 2100550963, 2104406842, 2107948921, 2111202261),
+    *(2114190000, 2116933485, 2119452401, 2121764891, 2123887672, 2125836137, 2127624459, 2129265679),
+    *(2130771798, 2132153851, 2133421987, 2134585536, 2135653073, 2136632477, 2137530990, 2138355262),
+    *(2139111403, 2139805021, 2140441270, 2141024879, 2141560191, 2142051191, 2142501540, 2142914595),
+    *(2143293437, 2143640897, 2143959568, 2144251832, 2144519874, 2144765700, 2144991148, 2145197905),
+]
 
 
-# ---- section 5: the range coder
+def make_tables() -> list[list[list[int]]]:
+    """TABLES[s][f] is the list cum[0 ... 64] of T(s, f)."""
+    tables: list[list[list[int]]] = []
+    for d in D:
+        p = [1 << 31]
+        for _ in range(504):
+            p.append((p[-1] * d + (1 << 30)) >> 31)
+        tables.append([])
+        for f in range(16):
+            cum = [0]
+            for j in range(1, 64):
+                z = 16 * (j - 32) + 8 - f
+                distribution = (1 << 32) - p[z] if z >= 0 else p[-z]
+                cum.append(j + ((distribution * 65_472) >> 32))
+            tables[-1].append([*cum, 65_536])
+    return tables
+
+
+TABLES = make_tables()
+BIT_TABLE = [0, 32_768, 65_536]
+
+
+SHA256 = {  # appendix A
+    "D": "64d2023892120916b88bbe3ad7c85f3420e07acccd845473e73fc807d752754f",
+    "all tables": "89a6455576c7adfd5dc2722bd73d538e3d2b86e821a7f20759b8113919220db6",
+    "registered_networks.json": "b3a16ff68f5eb4ce768976aa46f51be569b978861537118a1696221c687d7e60",
+}
+
+
+def sha256_fault(name: str, content: bytes) -> str:
+    """A line that says how the content differs from what appendix A says of it; empty if it does not."""
+    found = hashlib.sha256(content).hexdigest()
+    return "" if found == SHA256[name] else f"the SHA-256 of {name} is {found}; appendix A has {SHA256[name]}"
+
+
+# --- Section 5: the range coder ---------------------------------------------------------------------------------------
 
 
 class RangeDecoder:
-    """Decodes the symbols of one segment (section 5)."""
+    """Decodes one segment. Past its end the segment goes on with zero bytes."""
 
-    def __init__(self, segment: bytes) -> None:
-        """Start on the first byte of ``segment``."""
+    def __init__(self, segment: bytes):
         self.segment = segment
         self.position = 0
-        self.range = (1 << 64) - 1
         self.value = self.next_bytes(8)
+        self.range = 2**64 - 1
 
     def next_bytes(self, count: int) -> int:
-        """The next bytes as a big-endian integer; zeros follow the segment."""
-        piece = self.segment[self.position : self.position + count]
+        taken = self.segment[self.position : self.position + count]
         self.position += count
-        return int.from_bytes(piece, "big") << (8 * (count - len(piece)))
+        return int.from_bytes(taken.ljust(count, b"\0"), "big")
 
-    def symbol(self, cum: Sequence[int]) -> int:
-        """Section 5.1: one symbol."""
+    def symbol(self, cum: list[int]) -> int:
+        """Section 5.1."""
         unit = (self.range >> 24) * 256
         q = self.value // unit
-        if q >= 65536:
-            raise StreamError("payload", "the range coder's value is outside of its range")
+        if q >= 65_536:
+            raise StreamError("payload", f"a segment is damaged before its byte {self.position}: no symbol fits")
         k = bisect_right(cum, q) - 1  # cum[k] <= q < cum[k + 1]
         self.value -= unit * cum[k]
         self.range = unit * (cum[k + 1] - cum[k])
-        if self.range < 1 << 32:
+        if self.range < 2**32:
             self.range <<= 32
             self.value = (self.value << 32) + self.next_bytes(4)
         return k
 
-    def bits(self, count: int) -> int:
-        """Section 5.1: a number of ``count`` bits, the most significant first."""
-        result = 0
-        for _ in range(count):
-            result = 2 * result + self.symbol(BIT)
-        return result
+    def number(self, bits: int) -> int:
+        value = 0
+        for _ in range(bits):
+            value = 2 * value + self.symbol(BIT_TABLE)
+        return value
 
     def excess(self) -> int:
-        """Section 5.2: the excess of an escape."""
+        """How far an escaped integer lies beyond the table (section 5.2)."""
         n = 0
-        while self.symbol(BIT) == 0:
+        while self.symbol(BIT_TABLE) == 0:
             n += 1
-            if n > MAX_ESCAPE_BITS:
-                raise StreamError("payload", f"an escape has more than {MAX_ESCAPE_BITS} bits")
-        return (1 << n) + self.bits(n) - 1
+            if n > 15:
+                raise StreamError("payload", "an escape has more than 15 zero bits")
+        return 2**n + self.number(n) - 1
 
-    def batch(self, models: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
-        """Section 5.2: integers of known means m and tables: all the symbols, then all the excesses."""
-        symbols = [self.symbol(cum) for _, cum in models]
-        values: list[int] = []
-        for (m, _), k in zip(models, symbols, strict=False):
+    def batch(self, means: list[int], tables: list[list[int]]) -> list[int]:
+        """Integers whose means m and tables are known (section 5.2): all symbols, then the excess of each escape."""
+        symbols = [self.symbol(cum) for cum in tables]
+        values = [m + k - 31 for m, k in zip(means, symbols, strict=True)]
+        for i, k in enumerate(symbols):
             if k == 0:
-                values.append(m - 31 - self.excess())
+                values[i] -= self.excess()
             elif k == 63:
-                values.append(m + 32 + self.excess())
-            else:
-                values.append(m + k - 31)
+                values[i] += self.excess()
         return values
 
 
-# ---- section 6: networks
+# --- Section 6: networks ----------------------------------------------------------------------------------------------
 
 
-def network_set(description: bytes, number: int) -> bytes:
-    """Section 6.3: the networks segment of a registered set."""
-    segments = json.loads(NETWORK_SETS.read_text()).get(description.hex(), [])
-    if number > len(segments):
-        raise StreamError("unsupported", f"network set {number} is not known")
-    return bytes.fromhex(segments[number - 1])
+class GroupLayout(NamedTuple):
+    """What section 6.1 says of a group. limits[k] is the limit of an integer's magnitude for the exponent k."""
+
+    name: str
+    shape: tuple[int, ...]
+    limits: list[int]
 
 
-@dataclass(frozen=True)
-class Group:
-    """The parameters of one group (section 6.1), flat in row-major order."""
-
-    exponent: int
-    integers: list[int]
-
-    def values(self, shape: Sequence[int]) -> Array:
-        """Section 6.2 for default 0: integer * 2^-k."""
-        return np.array(self.integers, dtype=np.float64).reshape(shape) * 2.0**-self.exponent
-
-
-@dataclass(frozen=True)
-class ArmLayer:
-    """A layer of the integer ARM (section 7.3)."""
-
-    exponent: int
-    weights: list[list[int]]  # [output][input]
-    biases: list[int]  # B[o] * 2^(5 - kb + k)
-
-
-@dataclass(frozen=True)
-class Networks:
-    """All networks of a stream."""
-
-    arms: list[list[ArmLayer]]
-    scale_offsets: list[int]  # G of every grid, the finest level first
-    upsampler: Array  # (L - 1, 4)
-    weights: list[Array]  # of each synthesis layer: (outputs, inputs or 1, kernel, kernel)
-    biases: list[Array]
-
-
-def read_group(decoder: RangeDecoder, name: str, count: int, limit: int, largest: int, halving: bool = False) -> Group:
-    """Section 6.2: one group; with ``halving``, the limit halves for each step below ``largest``."""
-    exponent = decoder.bits(4)
-    code = decoder.bits(4)
-    if exponent > largest:
-        raise StreamError("payload", f"the exponent of {name} is {exponent}, over {largest}")
-    if code == 0:
-        return Group(exponent, [0] * count)
-    integers = decoder.batch([(0, table(8 + 4 * (code - 1), 0))] * count)
-    if halving:
-        limit >>= largest - exponent
-    for integer in integers:
-        if abs(integer) > limit:
-            raise StreamError("payload", f"an integer of {name} is {integer}, over {limit}")
-    return Group(exponent, integers)
-
-
-def read_networks(segment: bytes, architecture: Architecture) -> Networks:
-    """Section 6: the groups in their order."""
-    decoder = RangeDecoder(segment)
+def group_layouts(architecture: Architecture) -> Iterator[GroupLayout]:
+    """The groups in coding order (section 6.1)."""
     widths = architecture.arm_widths
-    arms: list[list[ArmLayer]] = []
-    for a in range(2 if architecture.two_arms else 1):
-        weights = [
-            read_group(decoder, f"arm{a}.weight{n}", inputs * outputs, 127, 8)
-            for n, (inputs, outputs) in enumerate(itertools.pairwise(widths))
-        ]
-        bias = read_group(decoder, f"arm{a}.bias", sum(widths[1:]), 2047, 5, halving=True)
-        arm: list[ArmLayer] = []
-        start = 0
-        for group, inputs, outputs in zip(weights, widths, widths[1:], strict=False):
-            rows = [group.integers[o * inputs : (o + 1) * inputs] for o in range(outputs)]
-            shift = 5 - bias.exponent + group.exponent
-            arm.append(ArmLayer(group.exponent, rows, [b << shift for b in bias.integers[start : start + outputs]]))
-            start += outputs
-        arms.append(arm)
-
-    grids = sum(architecture.channels)
-    offsets = [0] * grids
-    if architecture.grid_scales:
-        group = read_group(decoder, "grid_scales", grids, 127, 3, halving=True)
-        offsets = [integer << (3 - group.exponent) for integer in group.integers]
-
-    upsampler = np.zeros((0, 4))
+    for i in range(len(widths) - 1):
+        yield GroupLayout(f"arm.weight{i}", (widths[i + 1], widths[i]), [127] * 9)
+    yield GroupLayout("arm.bias", (sum(widths[1:]),), [2_047 >> (5 - k) for k in range(6)])
+    if architecture.has_grid_scales:
+        yield GroupLayout("grid_scales", (sum(architecture.level_channels),), [127 >> (3 - k) for k in range(4)])
     if architecture.levels > 1:
-        shape = (architecture.levels - 1, 4)
-        group = read_group(decoder, "upsampler", shape[0] * 4, 32767, 15)
-        upsampler = group.values(shape) + np.array(UPSAMPLER_DEFAULT)
-
-    synthesis: list[Array] = []
+        yield GroupLayout("upsampler", (architecture.levels - 1, 4), [32_767] * 16)
     for n, layer in enumerate(architecture.layers):
-        full = (layer.outputs, 1 if layer.depthwise else layer.inputs, layer.kernel, layer.kernel)
-        count = full[0] * full[1] * full[2] * full[3]
-        synthesis.append(read_group(decoder, f"synthesis.weight{n}", count, 32767, 15).values(full))
-    ends = np.cumsum([layer.outputs for layer in architecture.layers])
-    group = read_group(decoder, "synthesis.bias", int(ends[-1]), 32767, 15)
-    biases = np.split(group.values((int(ends[-1]),)), ends[:-1])
-    return Networks(arms, offsets, upsampler, synthesis, list(biases))
+        yield GroupLayout(f"synthesis.weight{n}", layer.weight_shape, [32_767] * 16)
+    yield GroupLayout("synthesis.bias", (sum(layer.channels for layer in architecture.layers),), [32_767] * 16)
 
 
-# ---- section 7: grids
-
-
-def clip(value: int, low: int, high: int) -> int:
-    """``value`` limited to ``low`` ... ``high``."""
-    return low if value < low else high if value > high else value
-
-
-def read_grids(header: Header, networks: Networks) -> list[Level]:
-    """Section 7: all levels, the finest first."""
-    architecture = header.architecture
-    levels: list[Level] = [[] for _ in architecture.channels]
-    for i in range(architecture.levels - 1, -1, -1):
-        coarser = levels[i + 1] if i + 1 < architecture.levels else []
-        arm = networks.arms[1 if architecture.two_arms and i == 0 else 0]  # section 6.1
-        first = sum(architecture.channels[:i])
-        offsets = networks.scale_offsets[first : first + architecture.channels[i]]
-        levels[i] = read_level(header.levels[i], header.size(i), offsets, coarser, architecture, arm)
-    return levels
-
-
-def read_level(
-    segment: bytes,
-    size: tuple[int, int],
-    offsets: Sequence[int],
-    coarser: Level,
-    architecture: Architecture,
-    arm: Sequence[ArmLayer],
-) -> Level:
-    """Section 7.1: one level; ``offsets`` has G for each of its channels."""
-    rows, columns = size
-    channels = len(offsets)
-    if segment and rows * columns * channels > MAX_VALUES_PER_BYTE * len(segment):
-        raise StreamError("payload", f"{len(segment)} bytes code {rows * columns * channels} values")
-    level: Level = [[[0] * columns for _ in range(rows)] for _ in range(channels)]
-    if not segment:
-        return level
+def decode_networks(segment: bytes, architecture: Architecture) -> list[Group]:
+    """Section 6.2."""
     decoder = RangeDecoder(segment)
-    for step in range((columns - 1) + 2 * (rows - 1) + (channels - 1) + 1):
-        places: list[tuple[int, int, int]] = []
-        for c in range(max(0, step - (columns - 1) - 2 * (rows - 1)), min(channels, step + 1)):
-            rest = step - c  # = x + 2 y, with 0 <= x < columns
-            for y in range(max(0, (rest - columns + 2) // 2), min(rows - 1, rest // 2) + 1):
-                places.append((c, y, rest - 2 * y))
-        models: list[tuple[int, Sequence[int]]] = []
-        for c, y, x in places:
-            mean, scale = run_arm(arm, context(level, coarser, architecture, c, y, x))
-            models.append((mean >> 4, table(clip(scale + offsets[c], 0, 79), mean & 15)))
-        for (c, y, x), value in zip(places, decoder.batch(models), strict=False):
-            if abs(value) > MAX_GRID_VALUE:
-                raise StreamError("payload", f"a grid value is {value}")
-            level[c][y][x] = value
-    return level
+    groups = []
+    for name, shape, limits in group_layouts(architecture):
+        count = prod(shape)
+        exponent = decoder.number(4)
+        if exponent >= len(limits):
+            raise StreamError("payload", f"the exponent of {name} is {exponent}, more than {len(limits) - 1}")
+        scale_code = decoder.number(4)
+        integers = [0] * count
+        if scale_code > 0:
+            integers = decoder.batch([0] * count, [TABLES[8 + 4 * (scale_code - 1)][0]] * count)
+        largest = max(map(abs, integers))
+        if largest > limits[exponent]:
+            raise StreamError("payload", f"{name} has an integer of magnitude {largest}, more than {limits[exponent]}")
+        groups.append(Group(name, exponent, integers))
+    return groups
 
 
-def context(level: Level, coarser: Level, architecture: Architecture, c: int, y: int, x: int) -> list[int]:
-    """Section 7.2: the values that the ARM sees at (y, x) of channel c."""
-    grid = level[c]
-    columns = len(grid[0])
-    values: list[int] = []
-    for dy, dx in NEIGHBOURS[: architecture.neighbours]:
-        inside = y + dy >= 0 and 0 <= x + dx < columns
-        values.append(grid[y + dy][x + dx] if inside else 0)
-    for back in range(1, architecture.earlier + 1):
-        values.append(level[c - back][y][x] if c >= back else 0)
-    if architecture.coarser:
-        if coarser:
-            source = coarser[min(c, len(coarser) - 1)]
-            y0, x0 = y >> 1, x >> 1
-            y1 = clip(y0 + 1 if y & 1 else y0 - 1, 0, len(source) - 1)
-            x1 = clip(x0 + 1 if x & 1 else x0 - 1, 0, len(source[0]) - 1)
-            samples = [source[y0][x0], source[y0][x1], source[y1][x0], source[y1][x1]]
-        else:
-            samples = [0, 0, 0, 0]
-        values += samples[: architecture.coarser]
-    return values
+def registered_networks(function: int) -> bytes:
+    """The networks segment that comes with a registered function (section 11)."""
+    content = REGISTERED_NETWORKS.read_bytes()
+    fault = sha256_fault("registered_networks.json", content)
+    if fault:
+        raise RuntimeError(f"{REGISTERED_NETWORKS} is not the file of this specification: {fault}")
+    return bytes.fromhex(json.loads(content)[str(function)])
 
 
-def run_arm(arm: Sequence[ArmLayer], values: Sequence[int]) -> tuple[int, int]:
-    """Section 7.3: the mean in sixteenths, and the scale index before the grid's offset and its clip."""
-    a = [32 * clip(value, -63, 63) for value in values]
-    for layer in arm[:-1]:
-        k = layer.exponent
+# --- Section 7: grids -------------------------------------------------------------------------------------------------
+
+NEIGHBOURS = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0), (-3, 0), (0, -3))  # (dy, dx), section 7.2
+
+
+class ArmLayer(NamedTuple):
+    """One layer of the ARM: weights[o][i], biases[o] = B[o] 2^(5 - kb + k), and the exponent k (section 7.3)."""
+
+    weights: list[list[int]]
+    biases: list[int]
+    exponent: int
+
+
+def make_arm(groups: dict[str, Group], architecture: Architecture) -> list[ArmLayer]:
+    widths = architecture.arm_widths
+    bias = groups["arm.bias"]
+    layers = []
+    first = 0  # of this layer's biases in the group
+    for i in range(len(widths) - 1):
+        inputs, outputs = widths[i], widths[i + 1]
+        weight = groups[f"arm.weight{i}"]
+        rows = [weight.integers[o * inputs : (o + 1) * inputs] for o in range(outputs)]
+        shift = 5 - bias.exponent + weight.exponent
+        layers.append(ArmLayer(rows, [b << shift for b in bias.integers[first : first + outputs]], weight.exponent))
+        first += outputs
+    return layers
+
+
+def run_arm(layers: list[ArmLayer], a: list[int]) -> tuple[int, int]:
+    """Mean (in 1/16) and scale, before the grid's offset, from the inputs' activations (section 7.3)."""
+    for weights, biases, k in layers[:-1]:
+        residual = a + [0] * (len(weights) - len(a))
         half = (1 << k) >> 1
-        sums = [sum(map(mul, row, a), bias) for row, bias in zip(layer.weights, layer.biases, strict=False)]
-        a += [0] * (len(sums) - len(a))  # outputs without an input of their number
-        a = [clip((total + (own << k) + half) >> k, 0, 2047) for total, own in zip(sums, a, strict=False)]
-    layer = arm[-1]
-    k = layer.exponent
-    first, second = (sum(map(mul, row, a), bias) for row, bias in zip(layer.weights, layer.biases, strict=False))
-    mean = clip((first + (1 << k)) >> (k + 1), -16368, 16368)
-    scale = (second + (1 << (k + 1)) + ((32 * 4) << k)) >> (k + 2)
-    return mean, scale
+        a = [
+            min(max((sum(map(mul, row, a)) + bias + (own << k) + half) >> k, 0), 2_047)
+            for row, bias, own in zip(weights, biases, residual, strict=False)  # of a longer input the rest has no use
+        ]
+    weights, biases, k = layers[-1]
+    mean = (sum(map(mul, weights[0], a)) + biases[0] + (1 << k)) >> (k + 1)
+    scale = (sum(map(mul, weights[1], a)) + biases[1] + (2 << k) + (128 << k)) >> (k + 2)
+    return min(max(mean, -16_368), 16_368), scale
 
 
-# ---- sections 8 and 9: grids to latent
+def decode_level(
+    segment: bytes, shape: tuple[int, int, int], arm: list[ArmLayer], neighbours: int, scale_offsets: list[int]
+) -> np.ndarray:
+    """The values of a level, int32 of the shape (channels, rows, columns); scale_offsets has G of each channel."""
+    channels, rows, columns = shape
+    if not segment:
+        return np.zeros(shape, np.int32)
+    if prod(shape) > VALUES_PER_BYTE * len(segment):
+        raise StreamError("payload", f"{prod(shape)} values are more than 1000 for each of {len(segment)} bytes")
+
+    # The ARM's inputs, 32 clip(value, -63, 63), of each grid as one list with a border of zeros above and on both
+    # sides, so that a neighbour lies at a fixed distance.
+    stride = 3 + columns + 1
+    inputs = [[0] * ((3 + rows) * stride) for _ in range(channels)]
+    distances = [dy * stride + dx for dy, dx in NEIGHBOURS[:neighbours]]
+    values = [[0] * (rows * columns) for _ in range(channels)]
+
+    decoder = RangeDecoder(segment)
+    for t in range(columns + 2 * (rows - 1)):  # section 7.1; t = x + 2 y and 0 <= x < columns
+        step = [
+            (channel, y, t - 2 * y)
+            for channel in range(channels)
+            for y in range(max(0, (t - columns + 2) // 2), min(rows - 1, t // 2) + 1)
+        ]
+        means, tables = [], []
+        for channel, y, x in step:
+            here = (3 + y) * stride + 3 + x
+            grid = inputs[channel]
+            mean, scale = run_arm(arm, [grid[here + distance] for distance in distances])
+            means.append(mean >> 4)
+            tables.append(TABLES[min(max(scale + scale_offsets[channel], 0), 79)][mean & 15])
+        for (channel, y, x), value in zip(step, decoder.batch(means, tables), strict=True):
+            if not -32_767 <= value <= 32_767:
+                raise StreamError("payload", f"a grid value is {value}, not in -32767 ... 32767")
+            values[channel][y * columns + x] = value
+            inputs[channel][(3 + y) * stride + 3 + x] = 32 * min(max(value, -63), 63)
+    return np.array(values, np.int32).reshape(shape)
 
 
-def double(stack: Array, taps: Array, axis: int) -> Array:
-    """Section 8: doubles one axis; border samples are replicated outside."""
+def decode_grids(header: Header, segments: dict[int, bytes], groups: dict[str, Group]) -> list[np.ndarray]:
+    """All levels, the finest first (section 7)."""
+    architecture = header.architecture
+    arm = make_arm(groups, architecture)
+    offsets = [0] * sum(architecture.level_channels)
+    if architecture.has_grid_scales:
+        scales = groups["grid_scales"]
+        offsets = [integer << (3 - scales.exponent) for integer in scales.integers]
+    grids = []
+    first = 0  # of this level's channels among all
+    for i, channels in enumerate(architecture.level_channels):
+        shape = (channels, *header.level_shape(i))
+        level_offsets = offsets[first : first + channels]
+        grids.append(decode_level(segments.get(i, b""), shape, arm, architecture.neighbours, level_offsets))
+        first += channels
+    return grids
+
+
+# --- Sections 8 and 9: from grids to the latent -----------------------------------------------------------------------
+
+BICUBIC = (-0.03515625, 0.26171875, 0.87890625, -0.10546875)  # section 6.2: the default of an upsampler row
+
+
+def parameters(group: Group) -> np.ndarray:
+    """integer 2^-exponent, in float64."""
+    return np.array(group.integers, np.float64) / 2**group.exponent
+
+
+def shifted(array: np.ndarray, distance: int, axis: int) -> np.ndarray:
+    """array[n + distance] along an axis, with the border samples replicated outside."""
+    size = array.shape[axis]
+    return np.take(array, np.clip(np.arange(size) + distance, 0, size - 1), axis)
+
+
+def double(stack: np.ndarray, taps: np.ndarray, axis: int) -> np.ndarray:
+    """Section 8: twice the samples along an axis."""
     u0, u1, u2, u3 = taps
-    moved = np.moveaxis(stack, axis, -1)
-    n = moved.shape[-1]
-    padded = np.concatenate([moved[..., :1]] * 2 + [moved] + [moved[..., -1:]] * 2, axis=-1)
-    at = [padded[..., shift : shift + n] for shift in range(5)]  # at[2 + d] holds in[n + d]
-    out = np.empty((*moved.shape[:-1], 2 * n))
-    out[..., 0::2] = u0 * at[0] + u1 * at[1] + u2 * at[2] + u3 * at[3]
-    out[..., 1::2] = u3 * at[1] + u2 * at[2] + u1 * at[3] + u0 * at[4]
-    return np.moveaxis(out, -1, axis)
+    before2, before1, after1, after2 = (shifted(stack, distance, axis) for distance in (-2, -1, 1, 2))
+    even = u0 * before2 + u1 * before1 + u2 * stack + u3 * after1
+    odd = u3 * before1 + u2 * stack + u1 * after1 + u0 * after2
+    shape = list(stack.shape)
+    shape[axis] *= 2
+    return np.stack([even, odd], axis + 1).reshape(shape)
 
 
-def upsample(header: Header, grids: Sequence[Level], upsampler: Array) -> Array:
-    """Section 8: the stack of all levels' grids in the size of level 0, the finest level's first."""
-    stack = np.array(grids[-1], dtype=np.float64)
-    for i in range(len(grids) - 2, -1, -1):
-        rows, columns = header.size(i)
-        stack = double(double(stack, upsampler[i], 1), upsampler[i], 2)[:, :rows, :columns]
-        if grids[i]:
-            stack = np.concatenate([np.array(grids[i], dtype=np.float64), stack])
+def upsample(grids: list[np.ndarray], taps: np.ndarray) -> np.ndarray:
+    """Section 8: one stack of all channels, those of level 0 first; taps has a row for each level but the coarsest."""
+    stack = grids[-1].astype(np.float64)
+    for i in reversed(range(len(grids) - 1)):
+        _, rows, columns = grids[i].shape
+        stack = double(double(stack, taps[i], 1), taps[i], 2)[:, :rows, :columns]
+        stack = np.concatenate([grids[i].astype(np.float64), stack])
     return stack
 
 
-def synthesise(stack: Array, layers: Sequence[Layer], networks: Networks) -> Array:
-    """Section 9: the latent."""
-    rows, columns = stack.shape[1:]
-    inputs = [stack]  # of every layer so far
-    for n, (layer, weight, bias) in enumerate(zip(layers, networks.weights, networks.biases, strict=False)):
-        margin = layer.kernel // 2
-        padded = np.pad(inputs[n], ((0, 0), (margin, margin), (margin, margin)), mode="edge")
-        out = np.zeros((layer.outputs, rows, columns)) + bias[:, None, None]
-        for dy in range(layer.kernel):
-            for dx in range(layer.kernel):
-                seen = padded[:, dy : dy + rows, dx : dx + columns]
-                if layer.depthwise:
-                    out += weight[:, 0, dy, dx, None, None] * seen
-                else:
-                    out += np.tensordot(weight[:, :, dy, dx], seen, axes=1)
+def apply_layer(layer: Layer, weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """The correlation of section 9, before the residual and ReLU."""
+    output = np.broadcast_to(bias[:, None, None], (layer.channels, *inputs.shape[1:]))
+    for dy in range(layer.kernel):
+        for dx in range(layer.kernel):
+            moved = shifted(shifted(inputs, dy - layer.kernel // 2, 1), dx - layer.kernel // 2, 2)
+            tap = weight[:, :, dy, dx]
+            output = output + (tap[:, :, None] * moved if layer.depthwise else np.tensordot(tap, moved, 1))
+    return output
+
+
+def synthesize(architecture: Architecture, groups: dict[str, Group], stack: np.ndarray) -> np.ndarray:
+    """Section 9: the latent, without the check that it is finite."""
+    biases = parameters(groups["synthesis.bias"])
+    first = 0  # of this layer's biases among all
+    inputs = [stack]  # inputs[n] is the input of layer n, and the output of layer n - 1
+    for n, layer in enumerate(architecture.layers):
+        weight = parameters(groups[f"synthesis.weight{n}"]).reshape(layer.weight_shape)
+        output = apply_layer(layer, weight, biases[first : first + layer.channels], inputs[n])
         if layer.residual:
-            out += inputs[n - (layer.residual - 1)]
-        if layer.relu:
-            out = np.maximum(out, 0.0)
-        inputs.append(out)
+            output = output + inputs[n - (layer.residual - 1)]
+        inputs.append(np.maximum(output, 0) if layer.relu else output)
+        first += layer.channels
     return inputs[-1]
 
 
-# ---- the whole
-
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """A decoded stream."""
-
-    width: int
-    height: int
-    space: str  # "sd1", ..., or "custom-" and the fingerprint in 16 hexadecimal digits
-    channels: int  # of the latent
-    grids: list[Level]  # the finest level first, [channel][row][column]; empty for a level without channels
-    latent: Array  # (channels, ceil(height / 8), ceil(width / 8))
-    metadata: bytes  # the metadata segment as it is
-
-
-def decode(data: bytes, max_pixels: int = 2**28) -> Decoded:
-    """Decode a stream; raises StreamError for one that is not valid or has more than ``max_pixels``."""
-    check_container(data)
-    header = read_header(data, max_pixels)
-    networks = read_networks(header.networks, header.architecture)
-    grids = read_grids(header, networks)
-    stack = upsample(header, grids, networks.upsampler)
-    latent = synthesise(stack, header.architecture.layers, networks)
-    if not np.abs(latent).max() <= np.finfo(np.float32).max:
+def compute_latent(architecture: Architecture, groups: dict[str, Group], grids: list[np.ndarray]) -> np.ndarray:
+    """The latent R in float64, (C, h, w). By the limits of the parameters nothing on the way leaves float64's range."""
+    taps = np.zeros((0, 4))
+    if architecture.levels > 1:
+        taps = parameters(groups["upsampler"]).reshape(-1, 4) + BICUBIC
+    latent = synthesize(architecture, groups, upsample(grids, taps))
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(latent.astype(np.float32)).all()
+    if not finite:
         raise StreamError("payload", "the latent is not finite in single precision")
-    return Decoded(header.width, header.height, header.space, header.channels, grids, latent, header.metadata)
+    return latent
 
 
-def grids_bytes(grids: Sequence[Level]) -> bytes:
-    """The grids as the conformance suite hashes them: 4-byte big-endian, level, channel, row, column."""
-    return b"".join(struct.pack(f">{len(row)}i", *row) for level in grids for channel in level for row in channel)
+# --- The whole --------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Decode a clric stream to its grids and its latent.")
-    parser.add_argument("stream", type=Path)
-    parser.add_argument("--grids", type=Path, help="file for the grids: 4-byte big-endian signed integers")
-    parser.add_argument("--latent", type=Path, help="file for the latent: little-endian float32, (C, h, w)")
-    options = parser.parse_args(arguments)
+def decode(data: bytes, max_pixels: int = PIXEL_LIMIT) -> Decoded:
+    """Decode a stream of at most max_pixels pixels. Raises StreamError."""
+    header, networks_segment, segments = read_stream(data, max_pixels)
+    if header.function in FUNCTIONS_WITH_NETWORKS:
+        networks_segment = registered_networks(header.function)
+    networks = decode_networks(networks_segment, header.architecture)
+    groups = {group.name: group for group in networks}
+    grids = decode_grids(header, segments, groups)
+    return Decoded(header, networks, grids, compute_latent(header.architecture, groups, grids))
+
+
+def self_check() -> list[str]:
+    """Compares tables and registered networks with the SHA-256s of appendix A; a line for each that differs."""
+    cums = [entry for of_scale in TABLES for cum in of_scale for entry in cum]
+    faults = [
+        sha256_fault("D", struct.pack(f">{len(D)}I", *D)),
+        sha256_fault("all tables", struct.pack(f">{len(cums)}I", *cums)),
+        sha256_fault("registered_networks.json", REGISTERED_NETWORKS.read_bytes()),
+    ]
+    return [fault for fault in faults if fault]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Reference decoder of the clric stream, version 1.")
+    parser.add_argument("stream", type=Path, nargs="?")
+    parser.add_argument("--grids", type=Path, help="file for the grids: big-endian int32, the finest level first")
+    parser.add_argument("--latent", type=Path, help="file for the latent: little-endian float32")
+    parser.add_argument("--self-check", action="store_true", help="compare the tables with appendix A, and end")
+    arguments = parser.parse_args()
+    if arguments.self_check:
+        faults = self_check()
+        sys.stderr.writelines(f"{fault}\n" for fault in faults)
+        return 1 if faults else 0
+    if arguments.stream is None:
+        parser.error("the stream to decode is missing")
     try:
-        decoded = decode(options.stream.read_bytes())
+        decoded = decode(arguments.stream.read_bytes())
     except StreamError as error:
-        print(f"error: {error.kind}: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
-    if options.grids:
-        options.grids.write_bytes(grids_bytes(decoded.grids))
-    if options.latent:
-        options.latent.write_bytes(decoded.latent.astype("<f4").tobytes())
+    if arguments.grids:
+        arguments.grids.write_bytes(b"".join(grid.astype(">i4").tobytes() for grid in decoded.grids))
+    if arguments.latent:
+        arguments.latent.write_bytes(decoded.latent.astype("<f4").tobytes())
     return 0
 
 

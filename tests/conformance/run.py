@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -102,9 +103,18 @@ def check_grids(path: Path, entry: dict[str, Any]) -> list[str]:
     """Grids must be the same integers."""
     if not path.is_file():
         return ["no grids were written"]
-    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["grids_sha256"]:
-        return [f"the grids ({path.stat().st_size} bytes) are not the expected ones"]
-    return []
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() == entry["grids_sha256"]:
+        return []
+    wrong, start = [], 0
+    for number, level in enumerate(entry["levels"]):
+        end = start + 4 * math.prod(level["shape"])
+        if hashlib.sha256(data[start:end]).hexdigest() != level["sha256"]:
+            wrong.append(str(number))
+        start = end
+    if len(data) != start:
+        return [f"the grids have {len(data)} bytes, not {start}"]
+    return [f"the grids of level {', '.join(wrong)} are not the expected ones"]
 
 
 def check_latent(path: Path, expected_path: Path, shape: Sequence[int]) -> list[str]:

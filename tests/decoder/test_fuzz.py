@@ -10,22 +10,25 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = r"""
 import random, re, sys, time, zlib
+from dataclasses import replace
 sys.path.insert(0, "tests")
 from conformance import make_vectors
 from clric_decoder import StreamError, decode_latent
 
 rng = random.Random(0)
-names = ("size-7x5", "arm-two-everything", "arm-earlier", "networks-default", "synthesis-eight-layers", "space-flux2")
-streams = [
-    make_vectors.make_valid(make_vectors.Case(c.name, 24, 16, c.space, c.architecture), i)[0]
-    for i, c in enumerate(c for c in make_vectors.CASES if c.name in names)
-]
+names = (
+    "size-7x5", "arm-widest", "grids-gap", "networks-default", "synthesis-eight-layers", "space-flux2", "function-8",
+    "metadata-unknown",
+)
+cases = [replace(case, width=24, height=16) for case in make_vectors.CASES if case.name in names]
+streams = [make_vectors.make_valid(case).data for case in cases]
 outcomes = {}
 slowest = 0.0
 for number in range(10000):
     body = bytearray(rng.choice(streams)[:-4])
     if number % 4 == 0:
-        body[3:] = bytes([0]) + rng.randbytes(rng.randrange(20, 100))
+        body[3:] = bytes([1, rng.randrange(256), 0, rng.randrange(256), 0, rng.randrange(256)])
+        body += rng.randbytes(rng.randrange(20, 100))
     for _ in range(rng.choice((1, 1, 2, 8))):
         at = rng.randrange(4, len(body))
         action = rng.randrange(3)

@@ -66,7 +66,7 @@ def test_folders_and_files_without_permission(tmp_path: Path) -> None:
 def test_aliases_name_the_same_autoencoder() -> None:
     assert models.find_autoencoder("CompVis/stable-diffusion-v1-4").name == "sd14"
     assert models.find_autoencoder("stable-diffusion-2-inpainting").name == "sd2-inpainting"
-    with pytest.raises(ModelError, match=r"'taesd4' is not known; name one of small, lite, sd14, .*taef2"):
+    with pytest.raises(ModelError, match=r"'taesd4' is not known; use one of small, lite, sd14, .*taef2"):
         models.find_autoencoder("taesd4")
 
 
@@ -109,7 +109,7 @@ def test_missing_decoder_names_file_folders_and_command(tmp_path: Path, cache: P
 def test_missing_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"gone\.onnx does not exist"):
         models.find_decoder(tmp_path / "gone.onnx")
-    with pytest.raises(ModelError, match=r"models folder .*gone does not exist"):
+    with pytest.raises(ModelError, match=r"models folder .*gone is not a folder"):
         models.find_decoder("taesd", tmp_path / "gone")
     with pytest.raises(ModelError, match=r"neither a name nor a path to an \.onnx file"):
         models.find_decoder("some/decoder.pt")
@@ -125,10 +125,10 @@ def test_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "is no JSON object"),
-        ("{", "is no JSON object"),
-        ("[" * 50_000, "is no JSON object"),
-        ("{}" + " " * 70_000, "is no JSON object"),
+        ("[]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        ("[" * 50_000, "is not a JSON object"),
+        ("{}" + " " * 70_000, "is not a JSON object"),
         ('{"name": "mine"}', "no valid 'latent_space'"),
     ],
 )
@@ -142,7 +142,7 @@ def test_damaged_manifest_is_one_clear_error(tmp_path: Path, text: str, message:
 def test_tampered_file_is_refused(tmp_path: Path) -> None:
     path = put_decoder(tmp_path, "taesd")
     path.write_bytes(b"ommx")
-    with pytest.raises(ModelError, match=r"taesd\.onnx is not the file that taesd\.json describes \(sha256 "):
+    with pytest.raises(ModelError, match=r"taesd\.onnx does not match taesd\.json \(sha256 "):
         models.find_decoder("taesd", tmp_path)
 
 
@@ -153,8 +153,8 @@ def test_wrong_space_is_refused_with_what_would_fit(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         models.check_space(manifest, "sdxl", tmp_path)
     assert "taesd is of latent space sd1, the stream is of sdxl" in str(caught.value)
-    assert str(caught.value).endswith("decoders that fit: sdxl-refiner, taesdxl, small-sdxl")
-    with pytest.raises(ModelError, match="the stream is of custom-0001020304050607; none is known here"):
+    assert str(caught.value).endswith("compatible decoders: sdxl-refiner, taesdxl, small-sdxl")
+    with pytest.raises(ModelError, match="the stream is of custom-0001020304050607; no compatible decoder is known"):
         models.check_space(manifest, "custom-0001020304050607")
 
 

@@ -160,7 +160,7 @@ def test_truncated_files_are_refused_when_they_are_opened(data: bytes, tmp_path:
         clric.pillow.ClricImageFile(io.BytesIO(b"\x89PNG\r\n\x1a\n"))
 
 
-@pytest.mark.parametrize("name", ["unsupported-space", "version-255", "field-width-0", "checksum-flip-in-payload"])
+@pytest.mark.parametrize("name", ["unsupported-space-15", "version-255", "field-width-0", "checksum-flip-in-payload"])
 def test_what_is_wrong_with_a_header_is_said_when_it_is_opened(name: str) -> None:
     path = CONFORMANCE / "invalid" / f"{name}.clric"
     with pytest.raises(clric.StreamError) as expected:
@@ -170,7 +170,7 @@ def test_what_is_wrong_with_a_header_is_said_when_it_is_opened(name: str) -> Non
     assert str(caught.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("name", ["payload-value-32768", "payload-latent-not-finite", "payload-too-few-bytes"])
+@pytest.mark.parametrize("name", ["payload-value-32768", "payload-latent-infinite", "payload-too-few-bytes"])
 def test_what_the_checksum_does_not_tell_is_found_by_verify_and_by_load(name: str) -> None:
     path = CONFORMANCE / "invalid" / f"{name}.clric"
     for method in ("verify", "load"):

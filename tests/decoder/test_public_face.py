@@ -177,7 +177,7 @@ def test_library_that_one_autoencoder_needs_is_named(photo: Image.Image, tmp_pat
         "import clric; clric.encode(sys.argv[1] + '/photo.png', vae='sd14', models=sys.argv[1])"
     )
     message = python(code, tmp_path).stderr.splitlines()[-1]
-    assert "ClricError: diffusers is not installed; run: pip install 'clric[encoder]'" in message
+    assert "ClricError: diffusers is not installed; run: pip install 'clric[vae]'" in message
 
 
 def test_preset_instant_refuses_what_it_would_ignore(photo: Image.Image) -> None:

@@ -61,71 +61,41 @@ def _double(inputs: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
 
 def grid_bits(grids: Grids, networks: Networks, architecture: Architecture) -> torch.Tensor:
     """Bits that the ARM gives to all grid values together, a scalar."""
-    groups = [range(len(grids))]
-    if architecture.two_arms:
-        groups = [range(1, len(grids)), range(1)]
-    total = grids[0].new_zeros(())
-    for number, levels in enumerate(groups):
-        coded = [level for level in levels if grids[level].numel()]
-        if not coded:
-            continue
-        inputs = torch.cat([_contexts(grids, level, architecture) for level in coded], 1)
-        values = torch.cat([grids[level].flatten() for level in coded])
-        mean, log_scale = _arm(inputs, networks, number, architecture)
-        if architecture.grid_scales:
-            offsets = networks["grid_scales"].split(architecture.channels)
-            repeats = [grids[level][0].numel() for level in coded for _ in grids[level]]
-            own = torch.cat([offsets[level] for level in coded])
-            log_scale = log_scale + own.repeat_interleave(torch.tensor(repeats, device=own.device))
-        log_scale = log_scale.clamp(LOG_SCALE_LOW, LOG_SCALE_HIGH)
-        total = total + laplace_bits(values - mean, log_scale).sum()
-    return total
+    coded = [level for level, grid in enumerate(grids) if grid.numel()]
+    inputs = torch.cat([_contexts(grids[level], architecture) for level in coded], 1)
+    values = torch.cat([grids[level].flatten() for level in coded])
+    mean, log_scale = _arm(inputs, networks, architecture)
+    if architecture.grid_scales:
+        offsets = networks["grid_scales"].split(architecture.channels)
+        repeats = [grids[level][0].numel() for level in coded for _ in grids[level]]
+        own = torch.cat([offsets[level] for level in coded])
+        log_scale = log_scale + own.repeat_interleave(torch.tensor(repeats, device=own.device))
+    log_scale = log_scale.clamp(LOG_SCALE_LOW, LOG_SCALE_HIGH)
+    return laplace_bits(values - mean, log_scale).sum()
 
 
-def _contexts(grids: Grids, level: int, architecture: Architecture) -> torch.Tensor:
-    """(inputs, channels * height * width): what the ARM sees of each value of a level."""
-    grid = grids[level].clamp(-MAX_CONTEXT, MAX_CONTEXT)
-    channels, height, width = grid.shape
-    padded = F.pad(grid, (REACH, REACH, REACH, 0))
+def _contexts(grid: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """(inputs, channels * height * width): what the ARM sees of each value of a level (channels, height, width)."""
+    _, height, width = grid.shape
+    padded = F.pad(grid.clamp(-MAX_CONTEXT, MAX_CONTEXT), (REACH, REACH, REACH, 0))
     inputs = [
         padded[:, REACH + dy : REACH + dy + height, REACH + dx : REACH + dx + width]
         for dy, dx in NEIGHBOURS[: architecture.neighbours]
     ]
-    for distance in range(1, architecture.earlier + 1):
-        missing = grid.new_zeros(min(distance, channels), height, width)
-        inputs.append(torch.cat([missing, grid[: max(channels - distance, 0)]]))
-    if architecture.coarser:
-        inputs += _coarser_samples(grids, level, architecture.coarser)
     return torch.stack(inputs).flatten(1)
 
 
-def _coarser_samples(grids: Grids, level: int, count: int) -> list[torch.Tensor]:
-    channels, height, width = grids[level].shape
-    if level + 1 == len(grids) or not grids[level + 1].shape[0]:
-        return [grids[level].new_zeros(channels, height, width)] * count
-    coarser = grids[level + 1].clamp(-MAX_CONTEXT, MAX_CONTEXT)
-    coarser = coarser[[min(channel, len(coarser) - 1) for channel in range(channels)]]
-    rows, columns = (torch.arange(side, device=coarser.device) for side in (height, width))
-    row, column = rows >> 1, columns >> 1
-    next_row = (row + 2 * (rows & 1) - 1).clamp(0, coarser.shape[1] - 1)
-    next_column = (column + 2 * (columns & 1) - 1).clamp(0, coarser.shape[2] - 1)
-    picks = [(row, column), (row, next_column), (next_row, column), (next_row, next_column)]
-    return [coarser[:, a][:, :, b] for a, b in picks[:count]]
-
-
-def _arm(
-    inputs: torch.Tensor, networks: Networks, number: int, architecture: Architecture
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _arm(inputs: torch.Tensor, networks: Networks, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and base-2 logarithm of the scale, each (n,), for inputs (inputs, n)."""
     sizes = arm_sizes(architecture)[1:]
-    *hidden, last = networks[f"arm{number}.bias"].split(sizes)
+    *hidden, last = networks["arm.bias"].split(sizes)
     activations = inputs
     for layer, bias in enumerate(hidden):
-        weight = networks[f"arm{number}.weight{layer}"]
+        weight = networks[f"arm.weight{layer}"]
         residual = torch.eye(*weight.shape, device=weight.device)
         activations = torch.addmm(bias[:, None], weight + residual, activations)
         activations = activations.clamp(0, MAX_ACTIVATION / UNIT)
-    mean, log_scale = torch.addmm(last[:, None], networks[f"arm{number}.weight{len(hidden)}"], activations)
+    mean, log_scale = torch.addmm(last[:, None], networks[f"arm.weight{len(hidden)}"], activations)
     return mean, log_scale
 
 

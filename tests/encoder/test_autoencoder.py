@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clric_decoder.errors import ModelError
-from clric_decoder.models import AUTOENCODERS, LATENT_SPACES
+from clric_decoder.models import AUTOENCODERS, LATENT_SPACES, file_sha256
 from clric_encoder import autoencoder, networks, tiling
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.tiling import in_tiles
@@ -199,7 +199,7 @@ def test_damaged_weights_are_one_clear_error(file: str, tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_refused(shared: Path, kl_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taesd3_encoder.safetensors").symlink_to(shared / "models/taesd/taesd_encoder.safetensors")
-    with pytest.raises(ModelError, match=r"taesd3_encoder\.safetensors holds no encoder of taesd3"):
+    with pytest.raises(ModelError, match=r"taesd3_encoder\.safetensors is not a valid encoder of taesd3"):
         load_encoder("taesd3", tmp_path)
     AutoencoderKL(**{**REDUCED_KL, "latent_channels": 16}).save_pretrained(tmp_path / "sd14")
     with pytest.raises(ModelError, match="16 latent channels, sd14 has 4"):
@@ -218,6 +218,53 @@ def test_missing_weights_that_no_hub_has(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         assert part in message
     assert "Hugging Face" not in message
+
+
+LOAD_FROM_HUB = """
+import dataclasses, sys
+from clric_decoder.errors import ModelError
+from clric_decoder.models import AUTOENCODERS
+from clric_encoder.networks import load_encoder_network
+
+name, expected = sys.argv[1:]
+if expected:
+    AUTOENCODERS[name] = dataclasses.replace(AUTOENCODERS[name], hub_sha256=expected)
+try:
+    print(next(load_encoder_network(name).module.parameters()).flatten()[0].item())
+except ModelError as error:
+    print(error)
+"""
+
+
+def test_the_hub_s_files_are_of_one_commit_and_checked(tmp_path: Path) -> None:
+    """The hub's cache stands for the hub. In processes of their own: its client reads the environment on import."""
+    repository = tmp_path / "hub/models--madebyollin--taesd"
+    first_weights, sums = {}, {}
+    pinned, other = str(AUTOENCODERS["taesd"].hub_revision), "0" * 40
+    for revision in (pinned, other):
+        vae = AutoencoderTiny()
+        vae.save_pretrained(repository / "snapshots" / revision)
+        first_weights[revision] = f"{next(vae.encoder.layers.parameters()).flatten()[0].item()}\n"
+        sums[revision] = file_sha256(repository / "snapshots" / revision / "diffusion_pytorch_model.safetensors")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(other)
+
+    def load(name: str, expected: str = "") -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "CLRIC_MODELS"}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", LOAD_FROM_HUB, name, expected]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    assert load("taesd", sums[pinned]) == first_weights[pinned]
+    message = load("taesd")
+    assert message.count("\n") == 1
+    assert f"does not match madebyollin/taesd at {pinned} (sha256 {sums[pinned][:16]}, expected db169d69" in message
+    assert load("taesd@main") == load(f"madebyollin/taesd@{other}") == first_weights[other]
+    missing = load("taesd@" + "1" * 40)
+    assert missing.startswith("the encoder weights of taesd are missing: ")
+    assert missing.endswith(f"--revision {'1' * 40}\n")
+    assert load("taesd@").startswith("taesd@ has no revision after the @")
+    assert load("taef2@main") == "taef2 is not loaded from the Hugging Face hub, so it has no revision 'main'\n"
 
 
 def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
@@ -243,5 +290,6 @@ def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
         str(tmp_path),
         "Hugging Face hub",
         "hf download CompVis/stable-diffusion-v1-4 vae/config.json",
+        "--revision 133a221b8aa7292a167afc5127cb63fb5005638b",
     ):
         assert part in done.stdout

@@ -23,9 +23,9 @@ from encoder import plain_function
 ARCHITECTURES = {case.name: case.architecture for case in make_vectors.CASES if case.space == "sd1"}
 NAMES = (
     "size-7x5",
-    "arm-two",
-    "arm-earlier",
+    "arm-one-neighbour",
     "arm-linear",
+    "arm-narrower-than-its-inputs",
     "grids-paper",
     "grids-gap",
     "grids-single-level",
@@ -79,8 +79,8 @@ def test_bits_are_those_of_the_integer_model(name) -> None:
     layout = GridLayout(architecture, 40, 56, CPU)
     trained = grid_bits(join(layout, batched(grids)), as_networks([networks], CPU), architecture, layout).bits.item()
     coded = 0.0
-    for grid, coarser, arm in zip(grids, [*grids[1:], None], build_arms(networks, architecture), strict=True):
-        coded += ideal_bits(*predict(grid, arm, architecture, coarser)).sum()
+    for grid, arm in zip(grids, build_arms(networks, architecture), strict=True):
+        coded += ideal_bits(*predict(grid, arm, architecture)).sum()
     assert coded == pytest.approx(trained, rel=0.01)
 
 
@@ -94,12 +94,10 @@ def backend(request, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", [(21, 34), (41, 60), (4, 1100)])
-@pytest.mark.parametrize("name", [*NAMES, "arm-coarser-only"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     """Values and gradients, of unrounded grids and networks that differ within the batch."""
     architecture = ARCHITECTURES[name]
-    if name == "arm-earlier":
-        architecture = replace(architecture, two_arms=True, grid_scales=True)
     torch.manual_seed(1)  # others may fall on a kink of the ARM
     layout, packing = GridLayout(architecture, *size, CPU), Packing(architecture, CPU)
     grids = [3 * torch.randn(2, *shape) for shape in layout.shapes]
@@ -115,7 +113,7 @@ def test_a_batch_is_what_plain_functions_are_one_by_one(name, size) -> None:
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(grad_vectors), grad_packed)
     got = layout.split(grad_packed)
     wide, others = torch.zeros(2, layout.rows, layout.stride, 2), torch.zeros_like(grad_vectors)
-    grid_bits.backward(packing.split(others), wide[..., 0])  # to what is not contiguous
+    counted.backward(packing.split(others), wide[..., 0])  # to what is not contiguous
     synthesis.backward(2 * latents / latents[0].numel(), packing.split(others), wide[..., 0])
     torch.testing.assert_close(wide[..., 0], grad_packed, rtol=1e-6, atol=1e-8)
 
@@ -182,9 +180,7 @@ def test_soft_rounding_and_its_gradient(soft_round) -> None:
 
 def test_laplace_bits_by_hand() -> None:
     """Through the function: one grid value, an ARM without weights, whose bias is the scale."""
-    architecture = replace(
-        ARCHITECTURES["size-7x5"], channels=(1,), neighbours=0, earlier=0, coarser=0, hidden_layers=0, grid_scales=False
-    )
+    architecture = replace(ARCHITECTURES["size-7x5"], channels=(1,), neighbours=1, hidden_layers=0, grid_scales=False)
     layout, packing = GridLayout(architecture, 1, 1, CPU), Packing(architecture, CPU)
     # b = 1: P(0) = 1 - e^-1/2, P(2) = (e^-3/2 - e^-5/2) / 2
     expected = [-np.log2(1 - np.exp(-0.5)), *[-np.log2((np.exp(-1.5) - np.exp(-2.5)) / 2)] * 2, 16]

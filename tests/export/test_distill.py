@@ -90,7 +90,7 @@ def test_lpips_of_a_known_pair(shared: Path) -> None:
 
 
 def test_lpips_without_its_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no LPIPS weights"):
+    with pytest.raises(ModelError, match="does not contain LPIPS weights"):
         Lpips(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
             assert one.read_bytes() == other.read_bytes()
     log = [json.loads(line) for line in (tmp_path / "stopped/decoder/log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log] == [2, 4]
-    with pytest.raises(ModelError, match=r"checkpoint\.pt is of a run with other settings"):
+    with pytest.raises(ModelError, match=r"checkpoint\.pt belongs to a run with other settings"):
         distill("taesd", photos, tmp_path / "stopped", iterations=6, models=teacher)
 
     # What it leaves is what the commands take, and stored in a quarter of the bytes.
@@ -280,5 +280,5 @@ def test_streams_of_the_photos_are_used(teacher: Path, photos: Path, tmp_path: P
 
 
 def test_too_few_photos_is_one_clear_error(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClricError, match="holds 0 photos with sides of at least 192: hundreds are needed"):
+    with pytest.raises(ClricError, match="contains only 0 photos with sides of at least 192; hundreds are needed"):
         distill("taesd", teacher, tmp_path, models=teacher)

@@ -208,7 +208,7 @@ def test_a_tampered_export_is_refused(shared: Path, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ModelError, match=r"taesd\.onnx is not the file that taesd\.json describes"):
+    with pytest.raises(ModelError, match=r"taesd\.onnx does not match taesd\.json"):
         find_decoder("taesd", tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_parity_notices_another_decoder(shared: Path, tmp_path: Path) -> None:
 def test_unknown_names_and_unwritable_folders_are_one_line(shared: Path, tmp_path: Path) -> None:
     result = invoke(["taesd4", "-o", str(tmp_path)])
     assert result.exit_code == 1
-    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; name one of small, lite")
+    assert result.output.startswith("clric-export: taesd4: autoencoder 'taesd4' is not known; use one of small, lite")
     (tmp_path / "file").touch()
     arguments = ["taesd", "-o", str(tmp_path / "file" / "folder"), "--models", str(shared / "models")]
     result = invoke(arguments)

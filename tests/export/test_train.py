@@ -123,7 +123,7 @@ def test_crops_depend_on_their_generator_alone(photos: Path) -> None:
     assert batches[0].min() >= 0
     assert batches[0].max() <= 1
     assert all(image.shape == (112, 144, 3) for image in data.held_out())
-    with pytest.raises(ClricError, match="holds 0 photos with sides of at least 192"):
+    with pytest.raises(ClricError, match="contains only 0 photos with sides of at least 192"):
         Crops(photos, 192, 0)
 
 
@@ -144,7 +144,7 @@ def test_crops_of_streams_lie_where_their_photos_do(photos: Path, tmp_path: Path
     names = [file.stem for file in photos.iterdir()]
     for name in names:
         (tmp_path / f"{name}.clric").write_bytes((tmp_path / "0.clric").read_bytes())
-    with pytest.raises(ClricError, match="is a stream of another image"):
+    with pytest.raises(ClricError, match="is not a stream of "):
         Crops(photos, 64, 0, tmp_path)
 
 
@@ -189,9 +189,9 @@ def test_a_resumed_run_gives_the_same_as_an_unbroken_one(photos: Path, tmp_path:
     image = np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8)
     stream = encode(image, vae=str(encoder_onnx), tune=str(onnx), preset="fast", quality=20)
     assert decode(stream, vae=onnx).shape == image.shape
-    with pytest.raises(ModelError, match="holds an autoencoder's encoder"):
+    with pytest.raises(ModelError, match="is an image encoder, not an image decoder"):
         decode(stream, vae=encoder_onnx)
-    with pytest.raises(ModelError, match="not its encoder"):
+    with pytest.raises(ModelError, match="is an image decoder, not an image encoder"):
         load_encoder(str(onnx))
 
     with pytest.raises(ModelError, match="other settings"):

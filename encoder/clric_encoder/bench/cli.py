@@ -31,12 +31,15 @@ NAME = "clric-bench"
 DEFAULT_LAMBDAS = (4.0, 1.5, 0.5, 0.15, 0.04)
 
 _Folder = click.Path(file_okay=False, path_type=Path)
-_output = click.option("-o", "--output", type=_Folder, default=Path("results"), show_default=True, help="Folder.")
+_output = click.option(
+    "-o", "--output", type=_Folder, default=Path("results"), show_default=True, help="Output folder."
+)
 
 
 @click.group()
+@click.version_option(package_name="clric", prog_name=NAME, message="%(prog)s %(version)s")
 def command() -> None:
-    """Measure clric side by side with other codecs, on images of yours."""
+    """Compare clric with other codecs on your images."""
 
 
 @command.command("run")
@@ -48,14 +51,34 @@ def command() -> None:
     type=click.Choice(CODECS),
     multiple=True,
     metavar="NAME",
-    help=f"Of {', '.join(CODECS)}; again for several.  [default: all]",
-)
-@click.option("--vae", "vaes", metavar="NAME", multiple=True, default=("small",), show_default=True, help="Of clric.")
-@click.option(
-    "--preset", "presets", type=click.Choice([INSTANT, *PRESETS]), multiple=True, default=("default",), help="Of clric."
+    help=f"Codec, one of {', '.join(CODECS)}; repeatable.  [default: all]",
 )
 @click.option(
-    "--lambda", "lambdas", type=float, multiple=True, default=DEFAULT_LAMBDAS, show_default=True, help="Of clric."
+    "--vae",
+    "vaes",
+    metavar="NAME",
+    multiple=True,
+    default=("small",),
+    show_default=True,
+    help="clric: autoencoder; repeatable.",
+)
+@click.option(
+    "--preset",
+    "presets",
+    type=click.Choice([INSTANT, *PRESETS]),
+    multiple=True,
+    default=("default",),
+    show_default=True,
+    help="clric: preset; repeatable.",
+)
+@click.option(
+    "--lambda",
+    "lambdas",
+    type=float,
+    multiple=True,
+    default=DEFAULT_LAMBDAS,
+    show_default=True,
+    help="clric: lambda; repeatable.",
 )
 @click.option(
     "--tune",
@@ -64,20 +87,20 @@ def command() -> None:
     multiple=True,
     default=("auto",),
     show_default=True,
-    help="Of clric: image decoder to train through; again for several, as in --tune auto --tune none.",
+    help="clric: image decoder to optimise the image for; repeatable, as in --tune auto --tune none.",
 )
-@click.option("--models", type=_Folder, help="Folder in which to look for VAEs first.")
+@click.option("--models", type=_Folder, help="Folder to search for weights first.")
 @click.option(
     "--metrics",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of weights of LPIPS, DISTS and FID.",
+    help="Folder with the weights of LPIPS, DISTS and FID.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(1),
     default=available_cpus,
     show_default="available CPUs",
-    help="Processes, of one thread each.",
+    help="Number of processes, one thread each.",
 )
 def run_bench(
     images: tuple[Path, ...],
@@ -91,9 +114,9 @@ def run_bench(
     metrics: Path | None,
     jobs: int,
 ) -> int:
-    """Measure IMAGES (files, or folders of them) and report.
+    """Measure IMAGES (files or folders) and write the report.
 
-    What the output folder holds already is not measured again: a run that was stopped goes on where it was.
+    Results that are in the output folder already are not measured again, so that a run that was stopped goes on.
     """
     for lmbda in lambdas:
         try:
@@ -123,7 +146,7 @@ def run_bench(
 @command.command("report")
 @_output
 def report(output: Path) -> int:
-    """Write summary.md, report.html and the pictures again, from what the output folder holds."""
+    """Write summary.md, report.html and the plots again from the results in the output folder."""
 
     def work() -> bool:
         with _libraries():

@@ -243,7 +243,7 @@ def _tuning_hash(tune: str, space: str, models: str | None) -> tuple[str, str]:
 
     network = load_decoder_network(tune, models)
     if network.space != space:
-        raise ModelError(f"--tune {tune} decodes the latent space {network.space}, and the latent is of {space}")
+        raise ModelError(f"--tune {tune} decodes the latent space {network.space}, but the latent space is {space}")
     digest = hashlib.sha256(WEIGHTS.read_bytes())
     for weight in network.module.state_dict().values():
         digest.update(weight.contiguous().numpy().tobytes())

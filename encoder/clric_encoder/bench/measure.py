@@ -99,7 +99,7 @@ def list_images(places: Sequence[Path]) -> list[tuple[Path, str]]:
         if place.is_dir():
             inside = sorted(path for path in place.iterdir() if path.suffix.lower() in Image.registered_extensions())
             if not inside:
-                raise ClricError(f"{place}: holds no images")
+                raise ClricError(f"{place}: contains no images")
             found += inside
         else:
             found.append(place)

@@ -159,7 +159,7 @@ class Lpips(nn.Module):
             linear = _read(heads)
             self._heads = [linear[f"lin{i}.model.1.weight"].float() for i in range(len(self._taps))]
         except Exception as error:  # numpy, zipfile and pickle share no base class for a damaged file
-            raise ModelError(f"{backbone} and {heads} are no weights of LPIPS {network}: {one_line(error)}") from error
+            raise ModelError(f"{backbone} and {heads} are not LPIPS {network} weights: {one_line(error)}") from error
         self._shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
         self._scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
         self.requires_grad_(False)

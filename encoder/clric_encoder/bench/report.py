@@ -100,7 +100,7 @@ def write_report(folder: Path) -> None:
     """Writes summary.md, report.html, plots/ and the sheets of crops into the folder of a run. Raises ClricError."""
     run, rows = Run.read(folder), latest(read_rows(folder))
     if not rows:
-        raise ClricError(f"{folder / 'results.csv'}: holds no results to report")
+        raise ClricError(f"{folder / 'results.csv'}: contains no results")
     shared = common(rows)
     points = means(shared.rows)
     trained = trained_on(rows)

@@ -92,7 +92,7 @@ def run(
     """
     usable = [codec for codec in codecs if not codec.unavailable]
     if not any(codec.coded for codec in usable):
-        raise ClricError(f"no codec can run here: {'; '.join(f'{c.name}: {c.unavailable}' for c in codecs)}")
+        raise ClricError(f"no codec is available: {'; '.join(f'{c.name}: {c.unavailable}' for c in codecs)}")
     failures: list[str] = []
 
     def fail(what: str, why: str) -> None:
@@ -122,7 +122,7 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ClricError(f"{folder}: cannot be made a folder ({error.strerror})") from error
+        raise ClricError(f"{folder}: cannot be created ({error.strerror})") from error
     have = {row["id"] for row in read_rows(folder)}
     tasks = _tasks(photos, usable, folder, metrics[0])
     missing = [task for task in tasks if task.id not in have]

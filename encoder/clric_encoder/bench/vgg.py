@@ -230,7 +230,7 @@ def _read_dists(path: Path) -> tuple[list[Tensor], list[Tensor]]:
         total = alpha.sum() + beta.sum()
         by_layer = [list((part / total).split(_DISTS_CHANNELS)) for part in (alpha, beta)]
     except Exception as error:  # pickle, KeyError and torch share no base class for a damaged file
-        raise ModelError(f"{path} holds no weights of DISTS: {one_line(error)}") from error
+        raise ModelError(f"{path} does not contain DISTS weights: {one_line(error)}") from error
     return by_layer[0], by_layer[1]
 
 

@@ -50,7 +50,7 @@ def do_all(
                     idle.append((process, connection))
                 except EOFError:
                     process.join()
-                    result = TaskError(f"its process ended with code {process.exitcode}; perhaps not enough memory")
+                    result = TaskError(f"its process exited with code {process.exitcode}, possibly out of memory")
                 yield task, result
     finally:
         for process in (*(process for process, _ in idle), *(process for process, _ in busy.values())):
@@ -114,7 +114,7 @@ def timed_alone(open_half: Callable[[], Callable[..., Any]], *arguments: Any) ->
         outcome = ours.recv()
     except EOFError as error:
         process.join()
-        raise TaskError(f"its process ended with code {process.exitcode}; perhaps not enough memory") from error
+        raise TaskError(f"its process exited with code {process.exitcode}, possibly out of memory") from error
     finally:
         signal.signal(signal.SIGTERM, before)
     process.join()

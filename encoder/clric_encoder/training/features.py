@@ -89,7 +89,7 @@ class LpipsVgg(nn.Module):
                 self.layers.append(layer)
             self.heads = nn.ParameterList([weights[f"lin{i}.weight"].flatten() for i in range(len(_VGG_TAPS))])
         except Exception as error:  # numpy, zipfile and torch share no base class for a damaged file
-            raise ModelError(f"{path} holds no weights of LPIPS-VGG: {brief(error)}") from error
+            raise ModelError(f"{path} does not contain LPIPS-VGG weights: {brief(error)}") from error
         self.requires_grad_(False)
         self._dtype = dtype
         self.layers.to(dtype)
@@ -118,7 +118,7 @@ def load_features(path: Path = WEIGHTS) -> FeatureNetwork:
         state = {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
         network.load_state_dict(state)
     except Exception as error:  # safetensors, OSError and torch share no base class for a damaged file
-        raise ModelError(f"{path} holds no feature network: {brief(error)}") from error
+        raise ModelError(f"{path} does not contain the feature network: {brief(error)}") from error
     return network.requires_grad_(False)
 
 

@@ -307,7 +307,7 @@ def _train_on_images(
     generators = [torch.Generator(trainer.device).manual_seed(seed * 1000 + TUNING_SEED) for _ in trained]
     state = trainer.state(packed, vectors, list(range(len(trained))), generators)
     trainer.done = preset.iterations
-    trainer.train(state, preset.tuning, "image", preset.tuning.iterations)
+    trainer.train(state, preset.tuning, "tuning", preset.tuning.iterations)
     # Networks are quantised against what they give. Against the moved target they would be fitted to one gradient
     image.targets = trainer.latents(state)
     networks = trainer.quantize(state)
@@ -368,7 +368,7 @@ class _Trainer:
                     self.control.know_networks(networks)
                 state.vectors = self.packing.join(as_networks(networks, self.device))
                 state.grid_optimizer = Adam(state.packed, self.preset.betas)
-            self.train(state, stage, f"stage {number + 1} of {len(self.preset.stages)}", stage.iterations)
+            self.train(state, stage, f"training {number + 1}/{len(self.preset.stages)}", stage.iterations)
         networks = networks or self.quantize(state)
         if sizes is not None and measure is not None:
             state.vectors = self.packing.join(as_networks(networks, self.device))
@@ -383,7 +383,7 @@ class _Trainer:
         state = self.start(owners, [seed * 1000 + number for _ in self.pixels for number in range(count)])
         for number, warm_up in enumerate(rounds):
             state = self.best(state, warm_up.candidates)
-            self.train(state, self.preset.stages[0], f"warm-up {number + 1} of {len(rounds)}", warm_up.iterations)
+            self.train(state, self.preset.stages[0], f"warm-up {number + 1}/{len(rounds)}", warm_up.iterations)
         return self.best(state, 1)
 
     def best(self, state: _State, count: int) -> _State:
@@ -515,7 +515,7 @@ class _Trainer:
             self.architecture,
             self.layout,
             self.lmbdas / self.pixels,
-            lambda: self.report(replace(self.last, stage="networks")),
+            lambda: self.report(replace(self.last, stage="quantising networks")),
             refined,
         )
 
@@ -553,7 +553,7 @@ class _Trainer:
             rates = stage.grid_rate[0] * stronger, stage.grid_rate[1] * stronger
             picked = state.pick(missed)
             picked.grid_optimizer = Adam(picked.packed, self.preset.betas)
-            self.train(picked, replace(stage, grid_rate=rates), "size", stage.iterations)
+            self.train(picked, replace(stage, grid_rate=rates), "rate control", stage.iterations)
             state.packed[missed] = picked.packed
         state.packed = kept
 

@@ -1,0 +1,81 @@
+"""Which streams of a folder are up to date: made of the image as it is, with the settings as they are.
+
+A stream says nothing of its image or of most settings, and is not to grow for it. Folders of streams therefore get a
+small file, `FILE`: for each stream's name a digest of the stream, and one of what it was made of. By the first, a file
+that something else has put in a stream's place is recognised, and is not overwritten.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from clric_decoder.errors import ClricError
+from clric_decoder.files import STANDARD, read_input, write_output
+
+FILE = ".clric-settings.json"
+
+# A million streams'; a file that is longer is none of ours.
+_LIMIT = 1 << 27
+
+State = Literal["new", "up to date", "out of date", "unknown"]
+
+
+class Records:
+    """What is known of the streams of folders, for one run of a command with some settings."""
+
+    def __init__(self, settings: Mapping[str, Any], create: bool) -> None:
+        """settings: all that decides on a stream beside its image, as JSON knows it. create: whether folders get a
+        `FILE` that have none."""
+        self._settings = settings
+        self._create = create
+        self._folders: dict[Path, dict[str, Any]] = {}
+        self._made_of: dict[str, str] = {}
+
+    def state(self, source: str, place: str) -> State:
+        """Of the stream of an image file, at `place`: new where there is none, unknown where something else made it."""
+        if source == STANDARD:
+            return "unknown" if place != STANDARD and os.path.exists(place) else "new"
+        try:
+            image = os.stat(source)
+        except OSError:
+            return "new"  # whoever reads the image says what is wrong
+        self._made_of[place] = made_of(self._settings, f"{image.st_size} {image.st_mtime_ns}")
+        try:
+            stream = read_input(place, _LIMIT)
+        except ClricError:
+            return "unknown" if os.path.exists(place) else "new"
+        record = self._folder(place).get(Path(place).name)
+        if not isinstance(record, dict) or record.get("stream") != _digest(stream):
+            return "unknown"
+        return "up to date" if record.get("made_of") == self._made_of[place] else "out of date"
+
+    def add(self, place: str, stream: bytes) -> None:
+        """Keeps what a stream that was just written was made of, as `state` found it. Raises ClricError."""
+        folder = self._folder(place)
+        if place not in self._made_of or not (folder or self._create):
+            return
+        folder[Path(place).name] = {"stream": _digest(stream), "made_of": self._made_of[place]}
+        write_output(Path(place).parent / FILE, f"{json.dumps(folder, indent=1)}\n".encode())
+
+    def _folder(self, place: str) -> dict[str, Any]:
+        folder = Path(place).parent
+        if folder not in self._folders:
+            try:
+                records = json.loads(read_input(folder / FILE, _LIMIT))
+            except (ClricError, ValueError, RecursionError):  # missing or damaged: nothing is known
+                records = None
+            self._folders[folder] = records if isinstance(records, dict) else {}
+        return self._folders[folder]
+
+
+def made_of(settings: Mapping[str, Any], version: str) -> str:
+    """A digest of what a stream is made of: settings as JSON knows them, and its image's version, which tells whether
+    that has changed."""
+    return _digest(f"{json.dumps(settings, sort_keys=True)} {version}".encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
