@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -362,7 +363,11 @@ def _blocks(data: Any) -> Iterator[dict[str, np.ndarray]]:
     try:
         yield from data.iter_batches(batch_size=None, prefetch_batches=0)
     except ray.exceptions.RayError as error:
-        raise ClricError(f"the cluster failed ({one_line(error)[-500:]})") from error
+        text = str(error).strip()
+        node = re.search(r"\bip=([^,)]+)", text)
+        where = f"the node {node[1]}" if node else "the cluster"
+        reason = text.splitlines()[-1][:300]
+        raise ClricError(f"{where} failed ({reason}); check that clric and its weights are there as here") from error
 
 
 # What runs on the nodes.
