@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bitstream import MAX_PIXELS, Header, read_header
+from .cpus import thread_count
 from .errors import ModelError, one_line
 from .latent import decode_latent
 from .models import IMAGE_DECODERS, check_space, find_decoder
@@ -232,6 +233,7 @@ def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
     providers = _providers(provider, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they come back as exceptions
+    options.intra_op_num_threads = thread_count()
     # Planned memory patterns double the peak (120 against 67 kB a position with TAESD) and are no faster.
     options.enable_mem_pattern = False
     try:

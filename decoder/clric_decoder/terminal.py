@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import click
 
+from .cpus import thread_count
 from .errors import ClricError
 from .files import STANDARD, is_special
 
@@ -35,8 +36,11 @@ def _escaped(match: re.Match[str]) -> str:
 def run_command(command: click.Command, name: str) -> int:
     """Runs the process's command line and gives its exit code, which ``command`` returns.
 
-    An error of usage is one line, as all others are.
+    An error of usage is one line, as all others are. In a container with fewer CPUs than its host, libraries that are
+    loaded from here on take as many threads as it has CPUs.
     """
+    if count := thread_count():
+        os.environ["OMP_NUM_THREADS"] = str(count)  # read by torch, and by onnxruntime's sessions here
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:

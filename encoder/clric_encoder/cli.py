@@ -52,7 +52,7 @@ INPUT_LIMIT = 8 << 28
 
 # Parameters of the command that do not change what is in a stream; those of the rate are in `Rate`.
 NO_SETTINGS = {
-    "images", "output", "quality", "lmbda", "bpp", "size", "device", "force", "json", "quiet", "verbose",
+    "images", "output", "quality", "lmbda", "bpp", "size", "device", "force", "ray", "json", "quiet", "verbose",
 }  # fmt: skip
 
 # Latents that wait for others of their size to be trained with.
@@ -116,6 +116,14 @@ class _Bytes(click.ParamType):
 @click.option("--models", metavar="DIR", help="Folder to search for weights first.")
 @click.option("--strip", is_flag=True, help="Leave out EXIF, XMP and colour profile; convert colours to sRGB.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite existing outputs, and accept any output suffix.")
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="local",
+    help="Encode with Ray on all CPUs or GPUs of this machine, or of a running cluster (auto, or host:port). Images and"
+    " -o may be folders such as s3://bucket/folder; see docs/cluster.md.",
+)
 @click.option("--json", is_flag=True, help="Print one line of JSON per image to standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the time that each stage took.")
@@ -136,6 +144,7 @@ def command(
     models: str | None,
     strip: bool,
     force: bool,
+    ray: str | None,
     json: bool,
     quiet: bool,
     verbose: bool,
@@ -154,6 +163,32 @@ def command(
         raise click.UsageError("--tune and --lpips cannot be used with --preset instant, which trains nothing")
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose are mutually exclusive")
+    if ray is not None:
+        if output is None or output == STANDARD:
+            raise click.UsageError("--ray needs a folder for the streams: -o DIR")
+        if verbose:
+            raise click.UsageError("--verbose cannot be used with --ray, whose manifest.jsonl has the times")
+        if not re.fullmatch(r"local|auto|[^/]+:[0-9]+", ray):
+            raise click.UsageError(f"--ray {ray}: an address is auto or host:port; write --ray alone after the images")
+        return _encode_with_ray(
+            images,
+            output,
+            address=None if ray == "local" else ray,
+            lmbda=rate.lmbda,
+            size=rate.size,
+            bpp=rate.bpp,
+            vae=vae,
+            preset=preset,
+            tune=tune,
+            lpips=lpips,
+            device=device,
+            seed=seed,
+            models=models,
+            strip=strip,
+            force=force,
+            json_lines=json,
+            quiet=quiet,
+        )
     images, output = split_output(images, output, (".clric",))
     to_folder = any(map(os.path.isdir, images))
     images = list_inputs(images, IMAGE_SUFFIXES)
@@ -190,6 +225,16 @@ def command(
     for source, message in batches.failures:
         print_error(NAME, message, source)
     return code
+
+
+def _encode_with_ray(images: Sequence[str], output: str, **arguments: Any) -> int:
+    try:
+        with libraries():
+            from .farm_command import encode_for_command
+    except ClricError as error:
+        print_error(NAME, str(error))
+        return 1
+    return encode_for_command(NAME, images, output, **arguments)
 
 
 def _to_do(jobs: list[tuple[str, str]], records: Records) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:

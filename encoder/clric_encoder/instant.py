@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 import numpy as np
 from clric_decoder.bitstream import WITH_NETWORKS, Architecture, Metadata, registered_architecture
 from clric_decoder.context import Arm, build_arms, choose_level, predict
+from clric_decoder.cpus import thread_count
 from clric_decoder.entropy import ESCAPE_HIGH, ESCAPE_LOW, FRACTIONS, SYMBOL_ZERO, cumulative_tables, ideal_bits
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.networks import Parameters, decode_networks
@@ -71,7 +72,7 @@ class _Set:
 
 
 def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
-    """The encoder of an autoencoder of the space `clric`. threads: 0 for as many as onnxruntime takes.
+    """The encoder of an autoencoder of the space `clric`. threads: 0 for `cpus.thread_count`.
 
     Raises ClricError where onnxruntime is missing, and ModelError for another or a damaged autoencoder.
     """
@@ -83,7 +84,7 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     except ModuleNotFoundError:
         raise ClricError("onnxruntime is not installed; run: pip install 'clric[cpu]'") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or thread_count()
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class

@@ -29,7 +29,7 @@ class Records:
     def __init__(self, settings: Mapping[str, Any], create: bool) -> None:
         """settings: all that decides on a stream beside its image, as JSON knows it. create: whether folders get a
         `FILE` that have none."""
-        self._settings = json.dumps(settings, sort_keys=True)
+        self._settings = settings
         self._create = create
         self._folders: dict[Path, dict[str, Any]] = {}
         self._made_of: dict[str, str] = {}
@@ -42,7 +42,7 @@ class Records:
             image = os.stat(source)
         except OSError:
             return "new"  # whoever reads the image says what is wrong
-        self._made_of[place] = _digest(f"{self._settings} {image.st_size} {image.st_mtime_ns}".encode())
+        self._made_of[place] = made_of(self._settings, f"{image.st_size} {image.st_mtime_ns}")
         try:
             stream = read_input(place, _LIMIT)
         except ClricError:
@@ -69,6 +69,12 @@ class Records:
                 records = None
             self._folders[folder] = records if isinstance(records, dict) else {}
         return self._folders[folder]
+
+
+def made_of(settings: Mapping[str, Any], version: str) -> str:
+    """A digest of what a stream is made of: settings as JSON knows them, and its image's version, which tells whether
+    that has changed."""
+    return _digest(f"{json.dumps(settings, sort_keys=True)} {version}".encode())
 
 
 def _digest(data: bytes) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from clric_decoder.cpus import available_cpus
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.image import take_over_pillow
 from clric_decoder.terminal import print_error, printable, run_command
@@ -95,7 +96,11 @@ def command() -> None:
     help="Folder with the weights of LPIPS, DISTS and FID.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Number of processes, one thread each."
+    "--jobs",
+    type=click.IntRange(1),
+    default=available_cpus,
+    show_default="available CPUs",
+    help="Number of processes, one thread each.",
 )
 def run_bench(
     images: tuple[Path, ...],

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from clric_decoder.cpus import available_cpus
 from clric_decoder.errors import ClricError
 from clric_decoder.models import LATENT_SPACES, find_autoencoder, find_decoder
 
@@ -198,7 +199,7 @@ def _machine(jobs: int) -> list[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return [
-        f"{processor}, {os.cpu_count()} cores",
+        f"{processor}, {available_cpus()} CPUs",
         f"{jobs} job{'s' * (jobs > 1)} at once",
         f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}",
         f"{datetime.now(timezone.utc):%Y-%m-%d}",

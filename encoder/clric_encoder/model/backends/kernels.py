@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from clric_decoder.context import REACH
+from clric_decoder.cpus import available_cpus
 from numba import njit
 
 # Values of a block at most: with its activations it fits the second cache of a core.
@@ -339,7 +340,7 @@ def _spread(function: Any, tasks: int, work: int, *arguments: Any) -> None:
 
 def _submit(function: Any, tasks: int, parts: int, first: int, arguments: tuple[Any, ...]) -> list[Future[None]]:
     if first < parts and not _pools:
-        _pools.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="clric"))
+        _pools.append(ThreadPoolExecutor(available_cpus(), thread_name_prefix="clric"))
     bounds = [tasks * i // parts for i in range(parts + 1)]
     return [_pools[0].submit(function, bounds[i], bounds[i + 1], *arguments) for i in range(first, parts)]
 

@@ -1,0 +1,199 @@
+"""Many images through one set of networks, which are loaded once; those of one latent size are trained together.
+
+The batches are those of the command clric-enc, so that the same images in the same order give the same bytes. What is
+wrong with one image does not touch the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from clric_decoder.autoencoder import decode_image, default_decoder, open_decoder
+from clric_decoder.bitstream import Metadata, read_header
+from clric_decoder.errors import ClricError, ModelError, one_line
+from clric_decoder.latent import decode_latent
+
+from .cli import MAX_WAITING
+from .instant import INSTANT
+from .rate import Rate
+from .stream import Encoded, check_image, check_latent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `encoding.encode`, and whether to leave out metadata (`clric_decoder.image.read_image`)."""
+
+    rate: Rate
+    vae: str = "small"
+    preset: str = "default"
+    tune: str = "auto"
+    lpips: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    models: str | None = None
+    strip: bool = False
+
+    def of_streams(self) -> dict[str, Any]:
+        """What a stream depends on, besides its image."""
+        return {name: value for name, value in asdict(self).items() if name not in ("device", "models")}
+
+
+@dataclass
+class Picture:
+    """An image on its way. key: what tells it from others. seconds: its own, and its share of those of its batch."""
+
+    key: Any
+    pixels: np.ndarray
+    metadata: Metadata
+    seconds: float = 0.0
+    latent: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+class Failure(Exception):
+    """Why an image could not be encoded, in one line. retry: whether it may go well another time, or elsewhere."""
+
+    def __init__(self, error: BaseException) -> None:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        memory = isinstance(error, MemoryError) or "out of memory" in reason
+        super().__init__("not enough memory; make the image smaller" if memory else reason[:500])
+        self.retry = not isinstance(error, ClricError | FileNotFoundError)
+
+
+class Batches:
+    """Pictures by the height and width of their latents, until there are enough of one to be trained together.
+
+    limit: of a batch, for a height and width. What waits is at most `cli.MAX_WAITING` pictures.
+    """
+
+    def __init__(self, limit: Callable[[tuple[int, int]], int]) -> None:
+        self._limit, self._waiting, self._count = limit, dict[tuple[int, int], list[Any]](), 0
+
+    def add(self, shape: tuple[int, int], picture: Any) -> list[Any]:
+        """The batch that is complete with this picture, or none: an empty list."""
+        group = self._waiting.setdefault(shape, [])
+        group.append(picture)
+        self._count += 1
+        if len(group) >= self._limit(shape):
+            return self._take(shape)
+        if self._count >= MAX_WAITING:
+            return self._take(max(self._waiting, key=lambda shape: len(self._waiting[shape])))
+        return []
+
+    def rest(self) -> Iterator[list[Any]]:
+        while self._waiting:
+            yield self._take(next(iter(self._waiting)))
+
+    def _take(self, shape: tuple[int, int]) -> list[Any]:
+        group = self._waiting.pop(shape)
+        self._count -= len(group)
+        return group
+
+
+class BatchEncoder:
+    """Encodes pictures with one set of networks, on the threads that torch has, or on a share of a GPU."""
+
+    def __init__(self, settings: Settings, gpu_share: float = 1) -> None:
+        """Raises ClricError for settings that cannot be met: a preset that is not known, weights that are missing."""
+        self.settings, self._gpu_share = settings, gpu_share
+        if settings.preset == INSTANT:
+            from . import instant
+
+            self._encoder = instant.load_encoder(settings.vae)
+            return
+        from . import autoencoder, encoding
+        from .training.presets import PRESETS
+
+        if settings.preset not in PRESETS:
+            raise ClricError(f"preset {settings.preset!r} is not known; use one of {', '.join([INSTANT, *PRESETS])}")
+        self._preset, self._device = PRESETS[settings.preset], encoding.find_device(settings.device)
+        self._encoder = autoencoder.load_encoder(settings.vae, settings.models, self._device)
+        self._tuning = encoding.load_tuning(
+            settings.tune,
+            self._encoder.space,
+            settings.preset,
+            models=settings.models,
+            lpips=settings.lpips,
+            device=self._device,
+        )
+        self._channels = self._encoder.encode(np.zeros((8, 8, 3), np.uint8)).shape[0]
+
+    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[Picture, Encoded | Failure]]:
+        """Each picture with what became of it, as soon as it is done."""
+        batches = Batches(self.batch_size)
+        for picture in pictures:
+            start = time.perf_counter()
+            result: Encoded | Failure | None = None
+            try:
+                if self.settings.preset == INSTANT:
+                    result = self._encode_instantly(picture)
+                else:
+                    height, width = check_image(picture.pixels)
+                    picture.latent = self._encoder.encode(picture.pixels)
+                    check_latent(picture.latent, width, height, self._encoder.space)
+            except (ClricError, MemoryError, RuntimeError, OSError) as error:
+                result = Failure(error)
+            picture.seconds += time.perf_counter() - start
+            if result is not None:
+                yield picture, result
+            elif batch := batches.add(picture.latent.shape[1:], picture):
+                yield from self._train(batch)
+        for batch in batches.rest():
+            yield from self._train(batch)
+
+    def batch_size(self, shape: tuple[int, int]) -> int:
+        """How many latents of this height and width to train at once."""
+        from .encoding import batch_size
+
+        return max(1, int(batch_size((self._channels, *shape), self._preset, self._device) * self._gpu_share))
+
+    def image_mse(self, data: bytes, picture: Picture) -> float | None:
+        """Mean squared error of the image that a client's default decoder makes of a stream, of values 0 to 255.
+
+        None where there is no decoder, or no onnxruntime.
+        """
+        header = read_header(data, max_pixels=picture.pixels.size)
+        try:
+            name = default_decoder(header, self.settings.models)
+            decoder = open_decoder(name, header.space, models=self.settings.models)
+            latent = decode_latent(data, max_pixels=picture.pixels.size)
+            image = decode_image(decoder, latent, header.width, header.height)
+        except ModelError:
+            return None
+        return float(np.square(np.subtract(image, picture.pixels, dtype=np.float32)).mean(dtype=np.float64))
+
+    def _encode_instantly(self, picture: Picture) -> Encoded:
+        from . import instant
+
+        return instant.encode_image(picture.pixels, self._encoder, self.settings.rate, picture.metadata)
+
+    def _train(self, batch: list[Picture]) -> Iterator[tuple[Picture, Encoded | Failure]]:
+        from .encoding import encode_latents
+
+        start = time.perf_counter()
+        results: Sequence[Encoded | Failure]
+        try:
+            results = encode_latents(
+                np.stack([picture.latent for picture in batch]),
+                [(picture.pixels.shape[1], picture.pixels.shape[0]) for picture in batch],
+                self._encoder.space,
+                self.settings.rate,
+                preset=self.settings.preset,
+                tuning=self._tuning,
+                images=[picture.pixels for picture in batch],
+                metadata=[picture.metadata for picture in batch],
+                device=self._device,
+                seed=self.settings.seed,
+            )
+        except (ClricError, MemoryError, RuntimeError, OSError) as error:
+            if len(batch) > 1:  # one of them may be to blame, or their number
+                for picture in batch:
+                    yield from self._train([picture])
+                return
+            results = [Failure(error)]
+        for picture, result in zip(batch, results, strict=True):
+            picture.seconds += (time.perf_counter() - start) / len(batch)
+            yield picture, result
