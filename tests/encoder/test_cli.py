@@ -368,6 +368,17 @@ def test_a_library_that_is_missing_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1
 
 
+def test_ray_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['ray'] = None; sys.argv[0] = 'clric-enc'\nfrom clric_encoder.cli import main; main()"
+    )
+    write_photo(tmp_path / "photo.png")
+    command = [sys.executable, "-c", code, "photo.png", "-o", "out", "--ray"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert result.stderr.decode() == "clric-enc: ray is not installed; run: pip install 'clric[ray]'\n"
+    assert result.returncode == 1
+
+
 def test_full_disk(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png", 8, 8)
     result = run("clric-enc", "photo.png", "-o", "/dev/full")
