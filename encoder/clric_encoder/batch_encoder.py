@@ -1,7 +1,6 @@
 """Many images through one set of networks, which are loaded once; those of one latent size are trained together.
 
-The batches are those of the command clric-enc, so that the same images in the same order give the same bytes. What is
-wrong with one image does not touch the others.
+What is wrong with one image does not touch the others. Without torch until an image needs it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from clric_decoder.autoencoder import decode_image, default_decoder, open_decoder
@@ -17,10 +17,19 @@ from clric_decoder.bitstream import Metadata, read_header
 from clric_decoder.errors import ClricError, ModelError, one_line
 from clric_decoder.latent import decode_latent
 
-from .cli import MAX_WAITING
 from .instant import INSTANT
+from .libraries import libraries
 from .rate import Rate
 from .stream import Encoded, check_image, check_latent
+from .training.presets import PRESETS
+
+if TYPE_CHECKING:
+    from .encoding import Tuning
+    from .tiling import ImageEncoder
+    from .training.loop import Progress
+
+# Pictures that wait for others of their size to be trained with.
+MAX_WAITING = 256
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Settings:
 
     def of_streams(self) -> dict[str, Any]:
         """What a stream depends on, besides its image."""
-        return {name: value for name, value in asdict(self).items() if name not in ("device", "models")}
+        return {name: value for name, value in asdict(self).items() if name != "device"}
 
 
 @dataclass
@@ -53,20 +62,36 @@ class Picture:
     latent: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
-class Failure(Exception):
+class Failure(ClricError):
     """Why an image could not be encoded, in one line. retry: whether it may go well another time, or elsewhere."""
 
-    def __init__(self, error: BaseException) -> None:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        memory = isinstance(error, MemoryError) or "out of memory" in reason
-        super().__init__("not enough memory; make the image smaller" if memory else reason[:500])
-        self.retry = not isinstance(error, ClricError | FileNotFoundError)
+    def __init__(self, reason: str, retry: bool) -> None:
+        super().__init__(reason)
+        self.retry = retry
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Failure, (str(self), self.retry)
+
+
+def _failure(error: Exception) -> Failure:
+    """What numba, torch and this package raise while they compute."""
+    reason = one_line(error)[:300]
+    if isinstance(error, ClricError):
+        return Failure(str(error), retry=False)
+    # On the CPU only torch's text says it; on a GPU it is a torch.OutOfMemoryError, whose text says it too.
+    short = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(text in reason for text in short):
+        return Failure("not enough memory; make the image smaller, or try another --device or --vae", retry=True)
+    if isinstance(error, OSError):  # of numba, which keeps compiled loops
+        advice = "free disk space, or set NUMBA_CACHE_DIR"
+        return Failure(f"the cache of compiled loops cannot be written ({reason}); {advice}", retry=True)
+    return Failure(f"torch failed ({reason})", retry=True)
 
 
 class Batches:
     """Pictures by the height and width of their latents, until there are enough of one to be trained together.
 
-    limit: of a batch, for a height and width. What waits is at most `cli.MAX_WAITING` pictures.
+    limit: of a batch, for a height and width. What waits is at most `MAX_WAITING` pictures.
     """
 
     def __init__(self, limit: Callable[[tuple[int, int]], int]) -> None:
@@ -97,32 +122,70 @@ class BatchEncoder:
     """Encodes pictures with one set of networks, on the threads that torch has, or on a share of a GPU."""
 
     def __init__(self, settings: Settings, gpu_share: float = 1) -> None:
-        """Raises ClricError for settings that cannot be met: a preset that is not known, weights that are missing."""
+        """Loads nothing yet."""
         self.settings, self._gpu_share = settings, gpu_share
+        self._encoder: ImageEncoder | None = None
+        self._tuning: Tuning | None = None
+        self._device = "cpu"
+
+    def load(self) -> ImageEncoder:
+        """The networks are loaded, at the first call.
+
+        Raises ClricError for settings that cannot be met: a preset that is not known, weights that are missing.
+        """
+        if self._encoder is not None:
+            return self._encoder
+        settings = self.settings
         if settings.preset == INSTANT:
             from . import instant
 
             self._encoder = instant.load_encoder(settings.vae)
-            return
-        from . import autoencoder, encoding
-        from .training.presets import PRESETS
-
+            return self._encoder
         if settings.preset not in PRESETS:
             raise ClricError(f"preset {settings.preset!r} is not known; use one of {', '.join([INSTANT, *PRESETS])}")
-        self._preset, self._device = PRESETS[settings.preset], encoding.find_device(settings.device)
-        self._encoder = autoencoder.load_encoder(settings.vae, settings.models, self._device)
+        with libraries():
+            from . import autoencoder, encoding
+        self._device = encoding.find_device(settings.device)
+        with libraries():  # of autoencoders, some of which need more
+            encoder = autoencoder.load_encoder(settings.vae, settings.models, self._device)
         self._tuning = encoding.load_tuning(
             settings.tune,
-            self._encoder.space,
+            encoder.space,
             settings.preset,
             models=settings.models,
             lpips=settings.lpips,
             device=self._device,
         )
-        self._channels = self._encoder.encode(np.zeros((8, 8, 3), np.uint8)).shape[0]
+        self._encoder = encoder
+        return encoder
 
-    def encode(self, pictures: Iterable[Picture]) -> Iterator[tuple[Picture, Encoded | Failure]]:
-        """Each picture with what became of it, as soon as it is done."""
+    def encode(
+        self,
+        pictures: Iterable[Picture],
+        *,
+        progress: Callable[[list[Picture], Progress], None] = lambda pictures, progress: None,
+        warn: Callable[[str], None] = lambda message: None,
+        compiling: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[Picture, Encoded | Failure]]:
+        """Each picture with what became of it, as soon as it is done.
+
+        progress: called with a batch that is being trained. warn, compiling: see `encoding.encode_latents`.
+        """
+
+        def train(batch: list[Picture]) -> Iterator[tuple[Picture, Encoded | Failure]]:
+            start = time.perf_counter()
+            try:
+                results: Sequence[Encoded | Failure] = self._train(batch, progress, warn, compiling)
+            except (ClricError, MemoryError, RuntimeError, OSError) as error:
+                if len(batch) > 1:  # one of them may be to blame, or their number
+                    for picture in batch:
+                        yield from train([picture])
+                    return
+                results = [_failure(error)]
+            for picture, result in zip(batch, results, strict=True):
+                picture.seconds += (time.perf_counter() - start) / len(batch)
+                yield picture, result
+
         batches = Batches(self.batch_size)
         for picture in pictures:
             start = time.perf_counter()
@@ -132,23 +195,30 @@ class BatchEncoder:
                     result = self._encode_instantly(picture)
                 else:
                     height, width = check_image(picture.pixels)
-                    picture.latent = self._encoder.encode(picture.pixels)
-                    check_latent(picture.latent, width, height, self._encoder.space)
+                    encoder = self.load()
+                    picture.latent = encoder.encode(picture.pixels)
+                    check_latent(picture.latent, width, height, encoder.space)
             except (ClricError, MemoryError, RuntimeError, OSError) as error:
-                result = Failure(error)
+                result = _failure(error)
             picture.seconds += time.perf_counter() - start
             if result is not None:
                 yield picture, result
             elif batch := batches.add(picture.latent.shape[1:], picture):
-                yield from self._train(batch)
+                yield from train(batch)
         for batch in batches.rest():
-            yield from self._train(batch)
+            yield from train(batch)
 
     def batch_size(self, shape: tuple[int, int]) -> int:
-        """How many latents of this height and width to train at once."""
+        """How many latents of this height and width to train at once. Raises ClricError as `load` does."""
         from .encoding import batch_size
 
-        return max(1, int(batch_size((self._channels, *shape), self._preset, self._device) * self._gpu_share))
+        size = batch_size((self._channels, *shape), PRESETS[self.settings.preset], self._device)
+        return max(1, int(size * self._gpu_share))
+
+    @cached_property
+    def _channels(self) -> int:
+        """Channels of the latents."""
+        return self.load().encode(np.zeros((8, 8, 3), np.uint8)).shape[0]
 
     def image_mse(self, data: bytes, picture: Picture) -> float | None:
         """Mean squared error of the image that a client's default decoder makes of a stream, of values 0 to 255.
@@ -168,32 +238,29 @@ class BatchEncoder:
     def _encode_instantly(self, picture: Picture) -> Encoded:
         from . import instant
 
-        return instant.encode_image(picture.pixels, self._encoder, self.settings.rate, picture.metadata)
+        return instant.encode_image(picture.pixels, self.load(), self.settings.rate, picture.metadata)
 
-    def _train(self, batch: list[Picture]) -> Iterator[tuple[Picture, Encoded | Failure]]:
+    def _train(
+        self,
+        batch: list[Picture],
+        progress: Callable[[list[Picture], Progress], None],
+        warn: Callable[[str], None],
+        compiling: Callable[[], None],
+    ) -> list[Encoded]:
         from .encoding import encode_latents
 
-        start = time.perf_counter()
-        results: Sequence[Encoded | Failure]
-        try:
-            results = encode_latents(
-                np.stack([picture.latent for picture in batch]),
-                [(picture.pixels.shape[1], picture.pixels.shape[0]) for picture in batch],
-                self._encoder.space,
-                self.settings.rate,
-                preset=self.settings.preset,
-                tuning=self._tuning,
-                images=[picture.pixels for picture in batch],
-                metadata=[picture.metadata for picture in batch],
-                device=self._device,
-                seed=self.settings.seed,
-            )
-        except (ClricError, MemoryError, RuntimeError, OSError) as error:
-            if len(batch) > 1:  # one of them may be to blame, or their number
-                for picture in batch:
-                    yield from self._train([picture])
-                return
-            results = [Failure(error)]
-        for picture, result in zip(batch, results, strict=True):
-            picture.seconds += (time.perf_counter() - start) / len(batch)
-            yield picture, result
+        return encode_latents(
+            np.stack([picture.latent for picture in batch]),
+            [(picture.pixels.shape[1], picture.pixels.shape[0]) for picture in batch],
+            self.load().space,
+            self.settings.rate,
+            preset=self.settings.preset,
+            tuning=self._tuning,
+            images=[picture.pixels for picture in batch],
+            metadata=[picture.metadata for picture in batch],
+            device=self._device,
+            seed=self.settings.seed,
+            progress=lambda state: progress(batch, state),
+            warn=warn,
+            compiling=compiling,
+        )

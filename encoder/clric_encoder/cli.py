@@ -11,12 +11,12 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
-from clric_decoder.bitstream import Metadata, read_header
-from clric_decoder.errors import ClricError, one_line
+from clric_decoder.bitstream import read_header
+from clric_decoder.errors import ClricError
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import (
     IMAGE_SUFFIXES,
@@ -29,34 +29,21 @@ from clric_decoder.terminal import (
     split_output,
 )
 
-from .compilation import on_compilation
 from .instant import INSTANT
 from .libraries import libraries
-from .rate import Rate, choose_rate
-from .stream import check_image, check_latent
+from .rate import choose_rate
 from .training.presets import PRESETS
 from .up_to_date import Records
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from .encoding import Tuning
+    from .batch_encoder import BatchEncoder, Picture
     from .stream import Encoded
-    from .tiling import ImageEncoder
     from .training.loop import Progress
 
 NAME = "clric-enc"
 
 # No image file within the limit of pixels is longer: 4 channels of 16 bits, uncompressed.
 INPUT_LIMIT = 8 << 28
-
-# Parameters of the command that do not change what is in a stream; those of the rate are in `Rate`.
-NO_SETTINGS = {
-    "images", "output", "quality", "lmbda", "bpp", "size", "device", "force", "ray", "json", "quiet", "verbose",
-}  # fmt: skip
-
-# Latents that wait for others of their size to be trained with.
-MAX_WAITING = 256
 
 
 class _Bytes(click.ParamType):
@@ -196,33 +183,27 @@ def command(
     if json and STANDARD in outputs.places:
         raise click.UsageError("--json and the stream would both be written to standard output; name a file with -o")
 
+    from .batch_encoder import BatchEncoder, Settings
+
+    settings = Settings(rate, vae, preset, tune, lpips, device, seed, models, strip)
     jobs = list(zip(images, outputs.places, strict=True))
     failures: list[tuple[str, str]] = []
     records = None
     if not outputs.named:
-        settings = {key: value for key, value in click.get_current_context().params.items() if key not in NO_SETTINGS}
-        records = Records(settings | asdict(rate), create=to_folder or len(images) > 1 or output is not None)
+        records = Records(settings.of_streams(), create=to_folder or len(images) > 1 or output is not None)
         if not force:
             jobs, failures, skipped = _to_do(jobs, records)
             if skipped and not quiet:
                 print_error(NAME, f"skipped {skipped} up-to-date file{'s' * (skipped > 1)}; --force re-encodes")
-    if jobs:
-        from clric_decoder.image import take_over_pillow
-
-        take_over_pillow()
     with _live_view(len(jobs), show=bool(jobs) and not quiet, verbose=verbose) as view:
-        batches = _Batches(rate, vae, preset, tune, lpips, device, seed, models, strip, json, quiet, view)
-        batches.failures, batches.records = failures, records
         try:
-            for source, place in jobs:
-                batches.add(source, place)
-            batches.flush()
-            code = 1 if batches.failures else 0
+            _Run(BatchEncoder(settings), records, view, failures, json, quiet).encode(jobs)
+            code = 1 if failures else 0
         except KeyboardInterrupt:
             code = 130
         except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
             code = 1
-    for source, message in batches.failures:
+    for source, message in failures:
         print_error(NAME, message, source)
     return code
 
@@ -255,129 +236,62 @@ def _to_do(jobs: list[tuple[str, str]], records: Records) -> tuple[list[tuple[st
 
 
 @dataclass
-class _Waiting:
-    """An image whose latent waits for others of its size."""
+class _Run:
+    """Images on their way to streams, and what is said of them.
 
-    source: str
-    place: str
-    latent: "np.ndarray"
-    pixels: "np.ndarray"
-    metadata: Metadata
-
-
-@dataclass
-class _Batches:
-    """Reads images, and encodes those of one latent size together.
-
-    failures: images with what is wrong with them. records: what streams were made of, where that is kept.
+    records: what streams were made of, where that is kept. failures: gets images with what is wrong with them.
     """
 
-    rate: Rate
-    vae: str
-    preset: str
-    tune: str
-    lpips: str | None
-    device: str
-    seed: int
-    models: str | None
-    strip: bool
+    encoder: "BatchEncoder"
+    records: Records | None
+    view: "_View"
+    failures: list[tuple[str, str]]
     json: bool
     quiet: bool
-    view: "_View"
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    records: Records | None = None
-    _waiting: dict[tuple[int, ...], list[_Waiting]] = field(default_factory=dict)
-    _encoder: "ImageEncoder | None" = None
-    _tuning: "Tuning | None" = None
-    _instant: "ImageEncoder | None" = None
 
-    def add(self, source: str, place: str) -> None:
-        """Reads an image and encodes it, as soon as there are enough of its size."""
-        with self._failing(source):
-            check_output(place)
-            from clric_decoder.image import read_image
-
-            file = io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source
-            image, notes, metadata = read_image(file, strip=self.strip)
-            for note in notes if not self.quiet else ():
-                print_error(NAME, note, source)
-            if self.preset == INSTANT:
-                self._encode_instantly(source, place, image, metadata)
-                return
-            with libraries():
-                from . import encoding
-                from .autoencoder import load_encoder
-            self.view.start(source)
-            with _torch(), libraries():
-                height, width = check_image(image)
-                device = encoding.find_device(self.device)
-                if self._encoder is None:
-                    self._encoder = load_encoder(self.vae, models=self.models, device=device)
-                    self._tuning = encoding.load_tuning(
-                        self.tune, self._encoder.space, self.preset, models=self.models, lpips=self.lpips, device=device
-                    )
-                latent = self._encoder.encode(image)
-                check_latent(latent, width, height, self._encoder.space)
-                limit = encoding.batch_size(latent.shape, PRESETS[self.preset], device)
-            group = self._waiting.setdefault(latent.shape, [])
-            group.append(_Waiting(source, place, latent, image, metadata))
-            if len(group) >= limit:
-                self._encode(self._waiting.pop(latent.shape))
-            elif sum(map(len, self._waiting.values())) >= MAX_WAITING:
-                self._encode(self._waiting.pop(max(self._waiting, key=lambda shape: len(self._waiting[shape]))))
-
-    def flush(self) -> None:
-        """Encodes what still waits."""
-        while self._waiting:
-            self._encode(self._waiting.pop(next(iter(self._waiting))))
-
-    def _encode_instantly(self, source: str, place: str, image: "np.ndarray", metadata: Metadata) -> None:
-        from . import instant
-
-        if self._instant is None:
-            self._instant = instant.load_encoder(self.vae)
-        self._write(source, place, instant.encode_image(image, self._instant, self.rate, metadata))
-        self.view.finish(1)
-
-    def _encode(self, group: list[_Waiting]) -> None:
-        import numpy as np
-
-        from .encoding import encode_latents, find_device
-
-        assert self._encoder is not None
-        results: list[Encoded] = []
-        try:
-            with _torch(), on_compilation(self.view.compile):
-                results = encode_latents(
-                    np.stack([image.latent for image in group]),
-                    [(image.pixels.shape[1], image.pixels.shape[0]) for image in group],
-                    self._encoder.space,
-                    self.rate,
-                    preset=self.preset,
-                    tuning=self._tuning,
-                    images=[image.pixels for image in group],
-                    metadata=[image.metadata for image in group],
-                    device=find_device(self.device),
-                    seed=self.seed,
-                    warn=self._warn,
-                    progress=lambda progress: self.view.move([image.source for image in group], progress),
-                )
-        except (ClricError, MemoryError) as error:
-            if len(group) > 1:  # one of them may be to blame, or their number
-                for image in group:
-                    self._encode([image])
-                return
-            self._failed(group[0].source, error)
-        for image, encoded in zip(group, results, strict=False):
+    def encode(self, jobs: Sequence[tuple[str, str]]) -> None:
+        """jobs: images, and where their streams are to be."""
+        encoded = self.encoder.encode(
+            self._read(jobs),
+            progress=lambda pictures, progress: self.view.move([picture.key[0] for picture in pictures], progress),
+            warn=self._warn,
+            compiling=self.view.compile,
+        )
+        for picture, result in encoded:
+            source, place = picture.key
             try:
-                self._write(image.source, image.place, encoded)
+                if isinstance(result, ClricError):
+                    raise result
+                self._write(source, place, result)
             except ClricError as error:
-                self._failed(image.source, error)
-        self.view.finish(len(group))
+                self.failures.append((source, str(error)))
+            self.view.finish()
 
-    def _warn(self, message: str) -> None:
+    def _read(self, jobs: Sequence[tuple[str, str]]) -> Iterator["Picture"]:
+        from clric_decoder.image import read_image, take_over_pillow
+
+        from .batch_encoder import Picture
+
+        take_over_pillow()
+        for source, place in jobs:
+            try:
+                check_output(place)
+                file = io.BytesIO(read_input(STANDARD, INPUT_LIMIT)) if source == STANDARD else source
+                pixels, notes, metadata = read_image(file, strip=self.encoder.settings.strip)
+            except (ClricError, MemoryError) as error:
+                reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
+                self.failures.append((source, reason))
+                self.view.finish()
+                continue
+            for note in notes:
+                self._warn(note, source)
+            if self.encoder.settings.preset != INSTANT:
+                self.view.start(source)
+            yield Picture((source, place), pixels, metadata)
+
+    def _warn(self, message: str, source: str | None = None) -> None:
         if not self.quiet:
-            print_error(NAME, message)
+            print_error(NAME, message, source)
 
     def _write(self, source: str, place: str, encoded: "Encoded") -> None:
         write_output(place, encoded.data)
@@ -394,41 +308,6 @@ class _Batches:
                 f"latent MSE {facts['latent_mse']:.4f}",
                 file=sys.stderr,
             )
-
-    @contextlib.contextmanager
-    def _failing(self, source: str) -> Iterator[None]:
-        """Around reading an image: what goes wrong is kept for the end, and the others go on."""
-        try:
-            yield
-        except (ClricError, MemoryError) as error:
-            self._failed(source, error)
-            self.view.finish(1)
-
-    def _failed(self, source: str, error: Exception) -> None:
-        reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
-        self.failures.append((source, reason))
-
-
-@contextlib.contextmanager
-def _torch() -> Iterator[None]:
-    """Around computation: ClricError for torch's errors, of a device or of memory, and for a full disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _torch_failed(error) from error
-    except OSError as error:  # of numba, which keeps compiled loops
-        reason = one_line(error)
-        raise ClricError(
-            f"the cache of compiled loops cannot be written ({reason}); free disk space, or set NUMBA_CACHE_DIR"
-        ) from error
-
-
-def _torch_failed(error: RuntimeError) -> ClricError:
-    reason = one_line(error)
-    # On the CPU only the text says it; on a GPU it is a torch.OutOfMemoryError, whose text says it too.
-    if "out of memory" in reason or "can't allocate memory" in reason or "not enough memory" in reason:
-        return ClricError("not enough memory; make the image smaller, or try another --device or --vae")
-    return ClricError(f"torch failed ({reason[:300]})")
 
 
 def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
@@ -460,8 +339,8 @@ class _View:
     def move(self, sources: list[str], progress: "Progress") -> None:
         """A batch is trained."""
 
-    def finish(self, count: int) -> None:
-        """A batch of so many images is done, or has failed."""
+    def finish(self) -> None:
+        """An image is done, or has failed."""
 
 
 class _Bar(_View):
@@ -487,8 +366,8 @@ class _Bar(_View):
             estimate=f"about {progress.bpp:.4f} bpp, latent MSE {progress.distortion:.4f}",
         )
 
-    def finish(self, count: int) -> None:
-        self._done += count
+    def finish(self) -> None:
+        self._done += 1
         self._bar.update(self._task, completed=self._done, done=self._done)
 
     @staticmethod
@@ -516,13 +395,13 @@ class _Timings(_View):
         self._enter(progress.stage)
         self._view.move(sources, progress)
 
-    def finish(self, count: int) -> None:
+    def finish(self) -> None:
         self._enter("")
         if self._seconds and sys.stderr is not None:
             stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self._seconds.items())
             print(f"{NAME}: {stages}", file=sys.stderr)
         self._seconds.clear()
-        self._view.finish(count)
+        self._view.finish()
 
     def _enter(self, stage: str) -> None:
         now = time.monotonic()

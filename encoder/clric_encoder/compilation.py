@@ -5,12 +5,18 @@ Nothing is loaded here but numba, which the training loads in any case, and that
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
-def on_compilation(tell: Callable[[], None]) -> Iterator[None]:
-    """Calls tell() whenever this process compiles a loop while it lasts; those that are cached are not compiled."""
+def compilation(tell: Callable[[], None]) -> Iterator[None]:
+    """Around training: calls tell() whenever this process compiles a loop, and keeps Ctrl-C from crashing it.
+
+    Loops that numba finds in its cache are not compiled.
+    """
     try:
         from numba.core import event
     except ImportError:  # the training is then torch's alone
@@ -18,7 +24,7 @@ def on_compilation(tell: Callable[[], None]) -> Iterator[None]:
         return
     process = os.getpid()
 
-    class Listener(event.Listener):
+    class Teller(event.Listener):
         def on_start(self, event: object) -> None:
             if os.getpid() == process:  # a copy of it, which trains a part of a batch, has no terminal
                 tell()
@@ -26,5 +32,40 @@ def on_compilation(tell: Callable[[], None]) -> Iterator[None]:
         def on_end(self, event: object) -> None:
             pass
 
-    with event.install_listener("numba:compile", Listener()):
+    class Interrupts(event.Listener):
+        """Lets Ctrl-C wait while numba is in LLVM, which calls Python back and does not survive an exception there."""
+
+        def __init__(self) -> None:
+            self._depth, self._pending = 0, False
+            self._before = signal.getsignal(signal.SIGINT)
+
+        def on_start(self, event: object) -> None:
+            self._depth += threading.current_thread() is threading.main_thread()
+
+        def on_end(self, event: object) -> None:
+            self._depth -= threading.current_thread() is threading.main_thread()
+            if self._pending and self._depth == 0:
+                self._pending = False
+                raise KeyboardInterrupt
+
+        def handle(self, number: int, frame: FrameType | None) -> None:
+            if self._depth:
+                self._pending = True
+            elif callable(self._before):
+                self._before(number, frame)
+
+        @contextlib.contextmanager
+        def installed(self) -> Iterator[None]:
+            # Signals reach the main thread alone; where something else than Python answers them, that goes on.
+            if threading.current_thread() is not threading.main_thread() or not callable(self._before):
+                yield
+                return
+            signal.signal(signal.SIGINT, self.handle)
+            try:
+                with event.install_listener("numba:compiler_lock", self):
+                    yield
+            finally:
+                signal.signal(signal.SIGINT, self._before)
+
+    with Interrupts().installed(), event.install_listener("numba:compile", Teller()):
         yield

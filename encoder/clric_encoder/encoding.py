@@ -15,6 +15,7 @@ from clric_decoder.bitstream import Metadata
 from clric_decoder.errors import ClricError, ModelError
 
 from .autoencoder import fast_dtype, load_decoder, load_encoder
+from .compilation import compilation
 from .instant import INSTANT, encode_instantly
 from .rate import Rate, choose_rate
 from .stream import Encoded, check_image, check_latent, decode_checked, write_stream
@@ -185,12 +186,13 @@ def encode_latents(
     seed: int = 0,
     progress: Report | None = None,
     warn: Callable[[str], None] = lambda message: None,
+    compiling: Callable[[], None] = lambda: None,
 ) -> list[Encoded]:
     """The streams of a batch of latents (batch, C, h, w) float32, trained together, of images (width, height).
 
     Latents as `check_latent` lets through. tuning, images: what functions are trained through, and the images, each
     (height, width, 3) uint8. metadata: of each image; none where it is empty. device: cpu or cuda. warn: called before
-    a training that takes minutes. Raises ClricError.
+    a training that takes minutes. compiling: called whenever a loop of the training is compiled. Raises ClricError.
     """
     settle()
     if preset not in PRESETS:
@@ -221,18 +223,19 @@ def encode_latents(
                 " (--tune none skips it)"
             )
     limits = [rate.bytes(count) for count in pixels]
-    functions = overfit(
-        latents,
-        [rate.lmbda or 1.0] * len(latents),
-        pixels,
-        PRESETS[preset],
-        measure=lambda function, i: len(stream(function, i)),
-        sizes=None if rate.lmbda is not None else [limit or 0 for limit in limits],
-        image=distortion,
-        seed=seed,
-        device=device,
-        report=progress,
-    )
+    with compilation(compiling):
+        functions = overfit(
+            latents,
+            [rate.lmbda or 1.0] * len(latents),
+            pixels,
+            PRESETS[preset],
+            measure=lambda function, i: len(stream(function, i)),
+            sizes=None if rate.lmbda is not None else [limit or 0 for limit in limits],
+            image=distortion,
+            seed=seed,
+            device=device,
+            report=progress,
+        )
     result = []
     for number, (function, latent, limit) in enumerate(zip(functions, latents, limits, strict=True)):
         data = stream(function, number)

@@ -32,7 +32,6 @@ from PIL import ExifTags, Image
 
 from .batch_encoder import BatchEncoder, Batches, Failure, Picture, Settings
 from .instant import INSTANT
-from .libraries import libraries
 from .rate import choose_rate
 from .stream import Encoded
 from .up_to_date import made_of
@@ -135,8 +134,8 @@ def encode_files(
     rate = choose_rate(lmbda, quality, size, bpp)
     settings = Settings(rate, vae, preset, tune, lpips, device, seed, models, strip)
     measure = preset != INSTANT if measure is None else measure
-    with libraries():
-        encoder = BatchEncoder(replace(settings, device="cpu"))  # what is wrong with the settings is said at once
+    encoder = BatchEncoder(replace(settings, device="cpu"))
+    encoder.load()  # what is wrong with the settings is said at once
     files = list_files(sources, output)
     manifest = Manifest(output)
     for file in files:
@@ -192,6 +191,7 @@ class EncodeImages:
         settings = Settings(rate, vae, preset, tune, lpips, device, seed, models, strip)
         _take_over_process(settings, threads)
         self._encoder = BatchEncoder(settings)
+        self._encoder.load()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         count = len(next(iter(batch.values())))
@@ -390,6 +390,7 @@ class _EncodeFiles:
     def __init__(self, settings: Settings, threads: int, gpu_share: float, measure: bool, begun: Any) -> None:
         _take_over_process(settings, threads)
         self._encoder, self._measure, self._begun = BatchEncoder(settings, gpu_share), measure, begun
+        self._encoder.load()
         self._place = {"host": socket.gethostname(), "node": ray.get_runtime_context().get_node_id()}
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -489,5 +490,7 @@ def _line(file: dict[str, Any], *, error: str | None = None, retry: bool = False
 
 
 def _failed(file: dict[str, Any], error: Exception) -> dict[str, Any]:
-    failure = error if isinstance(error, Failure) else Failure(error)
-    return _line(file, error=str(failure).removeprefix(f"{file['source']}: "), retry=failure.retry)
+    """error: a Failure, or what went wrong with reading or writing."""
+    reason = getattr(error, "strerror", None) or one_line(error)
+    retry = error.retry if isinstance(error, Failure) else not isinstance(error, ClricError | FileNotFoundError)
+    return _line(file, error=reason[:500].removeprefix(f"{file['source']}: "), retry=retry)

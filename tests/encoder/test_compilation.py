@@ -1,0 +1,54 @@
+"""Ctrl-C while numba compiles."""
+
+import os
+import signal
+
+import pytest
+from clric_encoder.compilation import compilation
+
+
+def test_an_interrupt_waits_until_numba_has_left_llvm() -> None:
+    # LLVM calls Python back, where an exception would end the process with a segmentation fault.
+    numba = pytest.importorskip("numba")
+    compiler_lock = pytest.importorskip("numba.core.compiler_lock")
+    before = signal.getsignal(signal.SIGINT)
+    reached = 0
+
+    def interrupt() -> None:
+        nonlocal reached
+        with compiler_lock.global_compiler_lock:
+            with compiler_lock.global_compiler_lock:
+                os.kill(os.getpid(), signal.SIGINT)
+                numba.njit(lambda x: x + 1)(1)
+            reached = 1
+        reached = 2
+
+    with pytest.raises(KeyboardInterrupt), compilation(lambda: None):
+        interrupt()
+    assert reached == 1
+    assert not compiler_lock.global_compiler_lock.is_locked()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_at_other_times_is_heard_at_once() -> None:
+    reached = False
+
+    def interrupt() -> None:
+        nonlocal reached
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+
+    with pytest.raises(KeyboardInterrupt), compilation(lambda: None):
+        interrupt()
+    assert not reached
+
+
+def test_compiled_loops_are_told_and_cached_ones_are_not() -> None:
+    numba = pytest.importorskip("numba")
+    told: list[None] = []
+    loop = numba.njit(lambda x: x + 2)
+    with compilation(lambda: told.append(None)):
+        loop(1)
+        loop(2)
+    loop(0.5)
+    assert len(told) == 1
