@@ -1,7 +1,7 @@
 /**
  * Measures the package in Chromium: node make/measure.mjs PHOTO.clric [more files]
  *
- * For each file, medians of 15 in milliseconds after loading: bytes to latent, latent to pixels (our painter and
+ * For each file, medians of 15 in milliseconds after loading: bytes to latent, latent to pixels (our WebAssembly and
  * onnxruntime-web), and what a page waits for the first image. Then what a first visit downloads.
  */
 import { readFileSync, readdirSync } from "node:fs";
@@ -44,7 +44,7 @@ for (const file of files) {
       return { first: times.first, latent: median(times.latent), image: median(times.image), all: median(times.all) };
     }, [`/files/${basename(file)}`, decoder]);
     const text = Object.entries(times).map(([part, time]) => `${part} ${time.toFixed(0)}`);
-    console.log(`${basename(file)}, ${decoder ? "onnxruntime-web" : "painter"}: ${text.join(", ")} ms`);
+    console.log(`${basename(file)}, ${decoder ? "onnxruntime-web" : "WebAssembly"}: ${text.join(", ")} ms`);
     await page.close();
   }
 }
@@ -67,7 +67,7 @@ const bundle = (entry) =>
 sizes("bytes to latent, minified", bundle("src/latent.js"));
 sizes("element with all its code, minified", bundle("src/element.js"));
 sizes("the worker, minified", bundle("src/worker.js"));
-for (const file of ["src/painter.wasm", "weights/small.bin", "weights/lite.bin"]) sizes(file, readFileSync(new URL(file, root)));
+for (const file of ["src/image_decoder.wasm", "weights/small.bin", "weights/lite.bin"]) sizes(file, readFileSync(new URL(file, root)));
 const plain = readdirSync(new URL("src", root)).filter((file) => file.endsWith(".js"));
 const modules = plain.map((file) => gzipSync(readFileSync(new URL(`src/${file}`, root))).length);
 console.log(`all modules as they are, gzip each: ${modules.reduce((a, b) => a + b)} bytes`);

@@ -1,4 +1,4 @@
-"""Writes weights/NAME.bin, what the WebAssembly painter reads, from the ONNX image decoders that clric ships.
+"""Writes weights/NAME.bin, what the WebAssembly image decoder reads, from the ONNX image decoders that clric ships.
 
     python decoder/web/make/weights.py
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def convert(name: str) -> bytes:
-    """The file of one decoder. Raises ValueError for an ONNX graph that the painter cannot compute."""
+    """The file of one decoder. Raises ValueError for an ONNX graph that it cannot compute."""
     data = (SHIPPED / f"{name}.onnx").read_bytes()
     manifest = json.loads((SHIPPED / f"{name}.json").read_text())
     layers, arrays = read_layers(onnx.load_from_string(data).graph)
@@ -92,7 +92,7 @@ def read_layers(graph: onnx.GraphProto) -> tuple[list[dict[str, Any]], list[np.n
         if layer["shuffle"]:
             order = np.arange(len(weights)).reshape(-1, 4).T.ravel()
             weights, scales, biases = weights[order], scales[order], biases[order]
-        missing = -weights.shape[1] % 8  # the painter takes eight inputs at a time
+        missing = -weights.shape[1] % 8  # WebAssembly takes eight inputs at a time
         weights = np.pad(weights, ((0, 0), (0, missing), (0, 0), (0, 0)))
         layers.append(
             {"inputs": weights.shape[1], "outputs": weights.shape[0], "bytes": weights.itemsize}
@@ -125,9 +125,9 @@ def with_alpha(
 
 
 def expect(is_so: bool, node: Any) -> None:
-    """Raises ValueError where the graph is not what the painter computes."""
+    """Raises ValueError where the graph is not what image_decoder.c computes."""
     if not is_so:
-        raise ValueError(f"the painter cannot compute node {node.name!r}; change painter.c and this script with it")
+        raise ValueError(f"image_decoder.c cannot compute node {node.name!r}; change it and this script")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ import { fail } from "./errors.js";
 import { download } from "./fetch.js";
 import { decodeLatent } from "./latent.js";
 import { openDecoder } from "./onnx.js";
-import { makePainter } from "./painter.js";
+import { makeWasmDecoder } from "./wasm_decoder.js";
 
 /** The image decoders that come with this package, by latent space. */
 const WEIGHTS = {
   clric: () => new URL("../weights/small.bin", import.meta.url),
   sd1: () => new URL("../weights/lite.bin", import.meta.url),
 };
-const painters = new Map();
+const shippedDecoders = new Map();
 
 /**
  * Decodes a stream: {data: RGBA bytes, width, height, timings}, timings in milliseconds.
@@ -24,32 +24,32 @@ export async function decodeImage(bytes, { decoder, ort, maxPixels } = {}, loadO
   const latent = decodeLatent(bytes, { maxPixels });
   const { width, height, space } = latent.header;
   const latentTime = performance.now() - start;
-  const painter = await (decoder ? openDecoder(decoder, ort, loadOrt) : shippedPainter(space));
-  if (painter.space !== space) {
-    fail("model", `the image decoder ${painter.name} is of latent space ${painter.space}, the stream of ${space}`);
+  const imageDecoder = await (decoder ? openDecoder(decoder, ort, loadOrt) : shippedDecoder(space));
+  if (imageDecoder.space !== space) {
+    fail("model", `image decoder ${imageDecoder.name} is of latent space ${imageDecoder.space}, the stream of ${space}`);
   }
   const loaded = performance.now();
-  const data = await painter.paint(latent, width, height);
+  const data = await imageDecoder.decode(latent, width, height);
   const imageTime = performance.now() - loaded;
   return { data, width, height, timings: { latent: latentTime, image: imageTime } };
 }
 
-async function shippedPainter(space) {
+async function shippedDecoder(space) {
   const weights = WEIGHTS[space];
   if (!weights) fail("model", `no image decoder for latent space ${space} comes with clric; give one as "decoder"`);
-  if (!painters.has(space)) {
-    const wasm = new URL("./painter.wasm", import.meta.url);
-    const painter = startPainter(wasm, weights());
-    painters.set(space, painter);
-    painter.catch(() => painters.delete(space)); // a download that failed is tried again with the next image
+  if (!shippedDecoders.has(space)) {
+    const wasm = new URL("./image_decoder.wasm", import.meta.url);
+    const imageDecoder = startDecoder(wasm, weights());
+    shippedDecoders.set(space, imageDecoder);
+    imageDecoder.catch(() => shippedDecoders.delete(space)); // a download that failed is tried again with the next image
   }
-  return painters.get(space);
+  return shippedDecoders.get(space);
 }
 
-async function startPainter(wasm, weights) {
+async function startDecoder(wasm, weights) {
   const files = await Promise.all([download(wasm), download(weights)]);
   try {
-    return await makePainter(...files);
+    return await makeWasmDecoder(...files);
   } catch (error) {
     return fail(
       "model",

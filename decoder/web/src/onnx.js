@@ -4,7 +4,7 @@
  */
 import { fail } from "./errors.js";
 import { download } from "./fetch.js";
-import { FACTOR, tiling } from "./painter.js";
+import { FACTOR, tiling } from "./wasm_decoder.js";
 
 /** Latent positions of a tile; a decoder of the TAESD family takes 67 kB for each. */
 const TILE_POSITIONS = 12_288;
@@ -37,8 +37,8 @@ async function open(decoder, ort, loadOrt) {
   } catch (error) {
     fail("model", `${url}: onnxruntime-web cannot open it (${error.message})`);
   }
-  const paint = (latent, width, height) => paintTiles(runtime, session, latent, width, height, halo);
-  return { name: url, space, paint };
+  const decode = (latent, width, height) => decodeTiles(runtime, session, latent, width, height, halo);
+  return { name: url, space, decode };
 }
 
 async function readManifest(url) {
@@ -65,7 +65,7 @@ async function importOrt(ort, loadOrt) {
   }
 }
 
-async function paintTiles(runtime, session, latent, width, height, halo) {
+async function decodeTiles(runtime, session, latent, width, height, halo) {
   const pixels = new Uint8ClampedArray(4 * width * height).fill(255);
   const limit = halo === null ? Infinity : TILE_POSITIONS;
   for (const tile of tiling(latent.height, latent.width, halo ?? 0, limit)) {

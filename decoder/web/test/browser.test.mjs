@@ -75,7 +75,7 @@ test("all conformance vectors in Chromium", { skip }, () =>
   }));
 
 for (const [name, photo] of [["small", PHOTO], ["lite", USUAL_SD1]]) {
-  test(`the painter of ${name} is within one grey level of onnxruntime-web`, { skip }, () =>
+  test(`the WebAssembly decoder ${name} is within one grey level of onnxruntime-web`, { skip }, () =>
     withPage("/empty", async (page) => {
       const result = await page.evaluate(async ([photo, decoder, ort]) => {
         const { decode } = await import("/package/src/index.js");
@@ -93,13 +93,13 @@ for (const [name, photo] of [["small", PHOTO], ["lite", USUAL_SD1]]) {
 test("tiles of a large image meet without a seam", { skip }, () =>
   withPage("/empty", async (page) => {
     const largest = await page.evaluate(async () => {
-      const { makePainter } = await import("/package/src/painter.js");
+      const { makeWasmDecoder } = await import("/package/src/wasm_decoder.js");
       const file = async (path) => new Uint8Array(await (await fetch(path)).arrayBuffer());
-      const painter = await makePainter(await file("/package/src/painter.wasm"), await file("/package/weights/small.bin"));
+      const imageDecoder = await makeWasmDecoder(await file("/package/src/image_decoder.wasm"), await file("/package/weights/small.bin"));
       const [channels, height, width] = [8, 75, 131];
       const data = Float32Array.from({ length: channels * height * width }, (_, i) => Math.sin(i * 0.37) + Math.cos(i * i));
-      const whole = painter.paint({ data, channels, height, width }, 1045, 599);
-      const tiles = painter.paint({ data, channels, height, width }, 1045, 599, 3136);
+      const whole = imageDecoder.decode({ data, channels, height, width }, 1045, 599);
+      const tiles = imageDecoder.decode({ data, channels, height, width }, 1045, 599, 3136);
       return whole.reduce((most, value, i) => Math.max(most, Math.abs(value - tiles[i])), 0);
     });
     assert.ok(largest <= 1, `${largest} grey levels`);
@@ -175,7 +175,7 @@ test("the element fires load and error, follows src, and uses the browser's cach
     const size = result[3];
     assert.deepEqual(result, ["131x77", "checksum", "network", size, "131x77", size]);
     const asked = (path) => server.requests.filter((one) => one === path).length;
-    assert.ok(asked("/package/src/painter.wasm") > 0);
+    assert.ok(asked("/package/src/image_decoder.wasm") > 0);
   }, { expectErrors: true })); // Chromium logs the 404
 
 test("a second element of the same address takes it from the cache", { skip }, () =>

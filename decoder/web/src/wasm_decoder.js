@@ -1,7 +1,7 @@
 /**
- * The image decoders that clric ships, in WebAssembly (painter.c): latent -> RGBA.
+ * The image decoders that clric ships, in WebAssembly (image_decoder.c): latent -> RGBA.
  *
- * Memory of the module, from __heap_base up: the layers and their transformed kernels, then, while an image is painted,
+ * Memory of the module, from __heap_base up: the layers and their transformed kernels, then, while an image is decoded,
  * two tensors, scratch rows and the image's tile.
  */
 import { ClricError } from "./errors.js";
@@ -13,13 +13,13 @@ const TILE_POSITIONS = 24_576;
 const LAYER_BYTES = 28;
 const FLAGS = { relu: 1, shuffle: 2, image: 4 };
 
-/** Makes a painter from the bytes of painter.wasm and of a file of weights (see make/weights.py). */
-export async function makePainter(wasm, weights) {
+/** Makes an image decoder from the bytes of image_decoder.wasm and of a file of weights (see make/weights.py). */
+export async function makeWasmDecoder(wasm, weights) {
   const { instance } = await WebAssembly.instantiate(wasm);
-  return new Painter(instance.exports, weights);
+  return new WasmDecoder(instance.exports, weights);
 }
 
-class Painter {
+class WasmDecoder {
   constructor(exports, weights) {
     this.exports = exports;
     const headerLength = new DataView(weights.buffer, weights.byteOffset).getUint32(0, true);
@@ -63,13 +63,13 @@ class Painter {
   }
 
   /** Paints `latent` ({data, channels, height, width}) into an RGBA image of width x height pixels. */
-  paint(latent, width, height, tilePositions = TILE_POSITIONS) {
+  decode(latent, width, height, tilePositions = TILE_POSITIONS) {
     if (latent.channels !== this.channels) {
-      throw new ClricError("model", `${this.name} paints ${this.channels} channels, the latent has ${latent.channels}`);
+      throw new ClricError("model", `${this.name} decodes ${this.channels} channels, the latent has ${latent.channels}`);
     }
     const pixels = new Uint8ClampedArray(4 * width * height);
     for (const tile of tiling(latent.height, latent.width, this.halo, tilePositions)) {
-      const image = this.paintTile(latent, tile);
+      const image = this.decodeTile(latent, tile);
       const left = FACTOR * tile.innerLeft;
       const right = Math.min(FACTOR * tile.innerRight, width);
       const bottom = Math.min(FACTOR * tile.innerBottom, height);
@@ -82,7 +82,7 @@ class Painter {
   }
 
   /** All pixels of one tile, as a view of the module's memory. */
-  paintTile(latent, tile) {
+  decodeTile(latent, tile) {
     const { exports } = this;
     const { layers } = this;
     let height = tile.bottom - tile.top;
