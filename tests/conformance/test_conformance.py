@@ -148,7 +148,7 @@ def test_worked_example_of_the_specification_is_a_vector() -> None:
     assert f"values {grids[0].reshape(-1).tolist()}" in section
     for parameters in networks:
         assert f"`{parameters.group.name}`" in section
-        assert f"integers {parameters.integers.reshape(-1).tolist()}" in section
+        assert f"| {parameters.integers.reshape(-1).tolist()} |" in section
     latent = decode_latent(data)
     assert f"channel 0 is {latent[0].reshape(-1).tolist()}" in section
 
