@@ -1,11 +1,16 @@
 """When numba compiles the loops of the training, which it does once on a machine and takes 16 s and more.
 
-Nothing is loaded here but numba, which the training loads in any case, and that not where it is missing.
+    python -m clric_encoder.compilation
+
+does it at once, as when a container is built. numba keeps the result beside the loops' module or, where that cannot be
+written or NUMBA_CACHE_DIR says so, elsewhere; it serves processors of the same kind. Nothing is loaded here but numba,
+which the training loads in any case, and that not where it is missing.
 """
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -69,3 +74,25 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
 
     with Interrupts().installed(), event.install_listener("numba:compile", Teller()):
         yield
+
+
+def main() -> int:
+    """Encodes a small image, for which everything is compiled that any preset uses; gives the exit status."""
+    import numpy as np
+    from clric_decoder.errors import ClricError
+    from clric_decoder.terminal import print_error
+
+    from .libraries import libraries
+
+    try:
+        with libraries():
+            from .encoding import encode
+        encode(np.full((64, 64, 3), 128, np.uint8), preset="fast")
+    except (ClricError, OSError) as error:  # OSError: of numba's cache
+        print_error("clric_encoder.compilation", str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,10 @@
-"""Ctrl-C while numba compiles."""
+"""What numba compiles, when, and Ctrl-C in the middle."""
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from clric_encoder.compilation import compilation
@@ -52,3 +55,22 @@ def test_compiled_loops_are_told_and_cached_ones_are_not() -> None:
         loop(2)
     loop(0.5)
     assert len(told) == 1
+
+
+@pytest.mark.slow  # it compiles all loops, which takes half a minute
+def test_what_is_compiled_ahead_serves_all_presets(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-m", "clric_encoder.compilation"], env=environment, check=True)
+    code = (
+        "import numpy as np\n"
+        "from clric_encoder import compilation, encoding\n"
+        "image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)\n"
+        "with compilation.compilation(lambda: print('compiling')):\n"
+        "    encoding.encode(image, preset='fast', bpp=1)\n"
+        "    encoding.encode(image, preset='default', tune='none')\n"
+        "    encoding.encode(image, preset='paper', vae='lite')\n"
+        "print('done')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout == "done\n"
