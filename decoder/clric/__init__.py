@@ -21,7 +21,7 @@ from clric_decoder.files import read_file, stream_limit
 if TYPE_CHECKING:
     from PIL import Image
 
-__version__ = "1.0.0rc1"
+__version__ = "1.0.0"
 
 __all__ = [
     "ClricError",
