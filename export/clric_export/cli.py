@@ -183,6 +183,19 @@ def distill(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the photos' streams, made with the autoencoder so far, to train its decoder on coded latents.",
 )
+@click.option(
+    "--start",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Checkpoint of another run whose weights to start from, instead of those of lite.",
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["small", "large"]),
+    default="small",
+    show_default=True,
+    help="Size of the decoder. A large one is trained alone, for the latents of --start.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 def train(
     photos: Path,
@@ -196,12 +209,15 @@ def train(
     crops: int,
     lpips: Path | None,
     streams: Path | None,
+    start: Path | None,
+    decoder: str,
+    device: str,
     seed: int,
 ) -> int:
     """Train an autoencoder with the rate in the loss: a decoder NAME.onnx and an encoder NAME_encoder.onnx.
 
-    It is trained on a folder of photos, starting from the weights of lite. Takes hours on a CPU; it can be stopped at
-    any time, and the same command resumes from the last checkpoint.
+    It is trained on a folder of photos, starting from the weights of lite or --start. Takes hours on a CPU; it can be
+    stopped at any time, and the same command resumes from the last checkpoint.
     """
 
     def run(report: Report) -> list[Path]:
@@ -220,6 +236,9 @@ def train(
             crops=crops,
             lpips=lpips,
             streams=streams,
+            start=start,
+            decoder=decoder,
+            device=device,
             report=report,
         )
 

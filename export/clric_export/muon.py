@@ -28,22 +28,32 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step along the gradients that are there. Takes no closure."""
         for group in self.param_groups:
+            # Matrices of one shape together: on a GPU time goes by the number of operations
+            matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    rows = len(parameter)
-                    is_matrix = parameter.ndim > 1 and min(rows, parameter.numel() // rows) >= _LEAST_SIDE
-                    update = self._muon(parameter) if is_matrix else self._adam(parameter)
-                    parameter.sub_(update, alpha=group["lr"])
+                if parameter.grad is None:
+                    continue
+                rows = len(parameter)
+                columns = parameter.numel() // rows
+                if parameter.ndim > 1 and min(rows, columns) >= _LEAST_SIDE:
+                    matrices.setdefault((rows, columns), []).append(parameter)
+                else:
+                    parameter.sub_(self._adam(parameter), alpha=group["lr"])
+            for shape, parameters in matrices.items():
+                # 0.2 is about the root mean square of Adam's updates
+                length = group["lr"] * 0.2 * math.sqrt(max(shape))
+                updates = _orthogonal(torch.stack([self._momentum(parameter) for parameter in parameters]))
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.sub_(update.view_as(parameter), alpha=length)
 
-    def _muon(self, parameter: Tensor) -> Tensor:
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """Nesterov's, as a matrix of outputs by all else."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
-        update = _orthogonal(gradient.lerp(state["momentum"], _MOMENTUM).flatten(1))
-        # 0.2 is about the root mean square of Adam's updates.
-        return update.view_as(parameter) * (0.2 * math.sqrt(max(update.shape)))
+        return gradient.lerp(state["momentum"], _MOMENTUM).flatten(1)
 
     def _adam(self, parameter: Tensor) -> Tensor:
         state, gradient = self.state[parameter], parameter.grad
@@ -58,11 +68,12 @@ class Muon(torch.optim.Optimizer):
         return mean / (square.sqrt() + _EPSILON)
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with singular values near 1: five steps of a quintic Newton-Schulz iteration."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices [N, rows, columns] with singular values near 1: five steps of a Newton-Schulz iteration."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if is_tall else x

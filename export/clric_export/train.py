@@ -8,7 +8,7 @@ an encoder that has learned to give lite's latents. From random weights the rate
 has learned to use it. Runs are seeded,
 checkpointed and resumed where they were stopped. The learning rate is constant after a warm-up, and what is measured
 and exported is a moving average of the weights: a run can be stopped at any time. A separate decay at the end brings
-the last of the gain.
+the last of the gain. A GPU computes LPIPS-VGG in every iteration, and prepares crops in other processes.
 
 The mesh. A decoder with pixel shuffles has separate weights for each pixel of an 8 x 8 block, so nothing makes its
 response to a constant latent constant. The difference is a pattern of period 8, some grey levels strong, which other
@@ -32,7 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from clric_decoder.errors import ModelError, brief
+from clric_decoder.cpus import available_cpus
+from clric_decoder.errors import ClricError, ModelError, brief
+from clric_encoder.autoencoder import fast_dtype
 from clric_encoder.networks import (
     Network,
     SmallDecoder,
@@ -44,6 +46,7 @@ from clric_encoder.networks import (
 from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim, structure
 from clric_encoder.training.features import LpipsVgg, PerceptualDistance, load_features
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from .crops import Crops
 from .muon import Muon
@@ -80,8 +83,8 @@ ROUNDED_SHARE = 0.5
 
 # LPIPS-VGG, where it is given, takes the place of its student once in so many iterations, with this weight and on a
 # window of half of the crops' side: it costs sixty times as much, and a decoder that is trained on the student alone
-# finds what the student does not see.
-LPIPS_EVERY, LPIPS_WEIGHT = 4, 0.6
+# finds what the student does not see. On a GPU it is cheap, and the student is not used at all.
+LPIPS_EVERY, LPIPS_WEIGHT, LPIPS_WEIGHT_ALONE = 4, 0.6, 0.5
 
 # Crops are shifted by up to this many pixels before features are computed: their raster has this period.
 FEATURE_RASTER = 16
@@ -102,7 +105,11 @@ AVERAGE_DECAY, MAX_GRADIENT = 0.999, 5.0
 # Where streams of the photos are given, the decoder alone trains on their latents once in so many iterations.
 CODED_EVERY = 3
 
-CHECKPOINT_EVERY = 500
+# Iterations between two checkpoints with figures of held-out photos: some minutes of a CPU, and a minute of a GPU.
+CHECKPOINT_EVERY, CHECKPOINT_EVERY_ON_GPU = 500, 2000
+
+# Channels and blocks of decoders (`SmallDecoder`): small has 17,000 MAC/pixel, large 86,000.
+DECODERS = {"small": ((96, 32, 16), (4, 2, 1)), "large": ((192, 64, 32), (4, 4, 3))}
 
 # Steps at which held-out photos are measured; 0 stands for no quantisation.
 VALIDATION_STEPS = (1.2, 0.8, 0.5, 0.25, 0.0)
@@ -117,6 +124,7 @@ class Settings:
     crop: int
     crops: int
     learning_rate: float
+    decoder: str = "small"
 
 
 def train(
@@ -134,6 +142,9 @@ def train(
     learning_rate: float = 7e-4,
     lpips: Path | None = None,
     streams: Path | None = None,
+    decoder: str = "small",
+    start: Path | None = None,
+    device: str = "cpu",
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Trains an autoencoder in ``folder``, or goes on with it, and writes its files there.
@@ -144,17 +155,23 @@ def train(
     zero; they have a checkpoint of their own, and a later run goes on from before the decay. crop, crops: side of crops
     in pixels, and how many make a batch. lpips: vgg16_lpips.npz, for LPIPS-VGG in some iterations and in the log;
     without, its student alone is used. streams: a folder of streams of the photos by clric-enc with this autoencoder
-    as it was when they were made, each named as its photo: the decoder learns what coded latents are like. report:
-    called with lines about the progress.
+    as it was when they were made, each named as its photo: the decoder learns what coded latents are like. start: the
+    checkpoint of another run, whose weights to begin with; those of `lite` without. decoder: "small", or "large" for a
+    larger decoder, from random weights, of the latents of `start`, whose encoder and prior stay as they are. device:
+    cpu or cuda. report: called with lines about the progress.
 
     Gives the paths of the decoder and of the encoder (ONNX, the weights stored in int8) and of their manifests.
     Raises ClricError and OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(channels, seed, crop, crops, learning_rate)
-    run = _Run(settings, Crops(photos, crop, seed, streams), lpips)
-    report(f"{len(run.data.images)} photos, {len(run.data.coded)} streams of them, bfloat16: {run.bfloat16}")
+    if decoder == "large" and start is None:
+        raise ClricError("a large decoder is trained for the latents of another run; name its checkpoint")
+    settings = Settings(channels, seed, crop, crops, learning_rate, decoder)
+    run = _Run(settings, Crops(photos, crop, seed, streams), lpips, torch.device(device))
+    report(f"{len(run.data.images)} photos, {len(run.data.coded)} streams of them, {run.dtype} on {device}")
     checkpoint = folder / "checkpoint.pt"
+    if start is not None:
+        run.start_from(start)
     run.load(checkpoint)
     run.advance(iterations, lambda iteration: 1.0, checkpoint, folder / "log.jsonl", report)
     if decay:
@@ -167,7 +184,7 @@ def train(
             folder / "log.jsonl",
             report,
         )
-    return write_networks(run.average, channels, name, space, folder)
+    return write_networks(run.average.cpu(), channels, name, space, folder)
 
 
 def write_networks(model: nn.ModuleDict, channels: int, name: str, space: str | None, folder: Path) -> list[Path]:
@@ -192,12 +209,15 @@ def write_networks(model: nn.ModuleDict, channels: int, name: str, space: str | 
     return [folder / f"{name}{half}{suffix}" for half in ("", "_encoder") for suffix in (".onnx", ".json")]
 
 
-def start_networks(channels: int) -> nn.ModuleDict:
-    """A random encoder and prior, and a decoder with the weights of `lite`, widened.
+def start_networks(channels: int, size: str = "small") -> nn.ModuleDict:
+    """A random encoder and prior, and a decoder of one of the sizes: a small one has the weights of `lite`, widened.
 
     The new weights of its first layer have 0.3 of the old ones' deviation. channels: at least 4.
     """
-    decoder = SmallDecoder(channels)
+    decoder = SmallDecoder(channels, *DECODERS[size])
+    networks = nn.ModuleDict({"encoder": SmallEncoder(channels), "decoder": decoder, "prior": Prior(channels)})
+    if size != "small":
+        return networks
     state = decoder.state_dict()
     for name, old in load_decoder_network("lite").module.state_dict().items():
         new = state[name]
@@ -206,25 +226,37 @@ def start_networks(channels: int) -> nn.ModuleDict:
         else:
             new.normal_(0, 0.3 * float(old.std()))
             new[:, : old.shape[1]].copy_(old)
-    return nn.ModuleDict({"encoder": SmallEncoder(channels), "decoder": decoder, "prior": Prior(channels)})
+    return networks
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """What `_Run.save` wrote. Raises ModelError for a damaged file."""
+    try:
+        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
+        raise ModelError(f"{checkpoint} cannot be read ({brief(error)}); delete it to start over") from error
+    return state
 
 
 class _Run:
     """The state of a run: networks, their moving average, the optimiser and the number of iterations done."""
 
-    def __init__(self, settings: Settings, data: Crops, lpips: Path | None) -> None:
+    def __init__(self, settings: Settings, data: Crops, lpips: Path | None, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.data, self.iteration = settings, data, 0
-        self.bfloat16 = torch.cpu._is_avx512_bf16_supported()
-        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
-        self.student = load_features()
-        self.student.set_dtype(dtype)
-        self.teacher = None if lpips is None else LpipsVgg(lpips, dtype)
-        self.model = start_networks(settings.channels)
+        self.settings, self.data, self.device, self.iteration = settings, data, device, 0
+        self.dtype = fast_dtype(device.type)
+        self.student = load_features().to(device)
+        self.student.set_dtype(self.dtype)
+        self.teacher = None if lpips is None else LpipsVgg(lpips, self.dtype).to(device)
+        self.model = start_networks(settings.channels, settings.decoder)
         self.lite = load_encoder_network("lite").module
-        self.lite.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
+        for network in (self.lite, self.model):  # channels last: faster on a CPU, and on a GPU in bfloat16
+            network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.only_decoder = settings.decoder == "large"
+        if self.only_decoder:
+            self.model["encoder"].requires_grad_(False)
+            self.model["prior"].requires_grad_(False)
         last = list(self._decoder.layers[-2].parameters())
         others = [
             parameter
@@ -235,14 +267,29 @@ class _Run:
         self.optimizer.add_param_group({"params": last, "lr": 0.0})
         self.prior_optimizer = torch.optim.Adam(self.model["prior"].parameters(), PRIOR_LEARNING_RATE)
 
+    def start_from(self, checkpoint: Path) -> None:
+        """Takes the averaged weights of another run, and the number of its iterations if all is trained on.
+
+        A large decoder keeps its own. Raises ModelError for a checkpoint that does not fit.
+        """
+        state = _read(checkpoint)
+        weights = {name: value.float() for name, value in state["average"].items()}
+        if self.only_decoder:
+            others = {name: value for name, value in weights.items() if not name.startswith("decoder.")}
+            weights = {**self.model.state_dict(), **others}
+        else:
+            self.iteration = state["iteration"]
+        try:
+            for network in (self.model, self.average):
+                network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ModelError(f"{checkpoint} is of other networks ({brief(error)})") from error
+
     def load(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint, if it is there. Raises ModelError for a damaged one and one of other settings."""
         if not checkpoint.exists():
             return
-        try:
-            state = torch.load(checkpoint, weights_only=True)
-        except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
-            raise ModelError(f"{checkpoint} cannot be read ({brief(error)}); delete it to start over") from error
+        state = _read(checkpoint)
         if state["settings"] != asdict(self.settings):
             raise ModelError(f"{checkpoint} belongs to a run with other settings; choose another folder")
         self.model.load_state_dict(state["model"])
@@ -278,45 +325,52 @@ class _Run:
         Every `CHECKPOINT_EVERY` iterations, and at the end, a line with the means of the losses since the last and the
         figures of held-out photos is logged, and the checkpoint is written.
         """
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         count, begin = 0, time.monotonic()
-        while self.iteration < until:
+        on_gpu = self.device.type == "cuda"
+        every = CHECKPOINT_EVERY_ON_GPU if on_gpu else CHECKPOINT_EVERY
+        batches = DataLoader(
+            _Batches(self.data, self.settings),
+            batch_size=None,
+            sampler=range(self.iteration, until),
+            num_workers=max(1, available_cpus() - 2) if on_gpu else 0,
+            pin_memory=on_gpu,
+        )
+        for latents, pixels in batches:
             learning_rate = self.settings.learning_rate * rate(self.iteration)
-            learning_rate *= min(1.0, (self.iteration - IMITATION - PRIOR_ALONE + 1) / WARM_UP)
-            if self.iteration < IMITATION:
+            learning_rate *= min(1.0, (self.iteration - self._begin + 1) / WARM_UP)
+            if self.iteration < IMITATION and not self.only_decoder:
                 learning_rate = IMITATION_LEARNING_RATE * (1 - self.iteration / IMITATION)
             for group, share in zip(self.optimizer.param_groups, (1.0, LAST_LAYER_SHARE), strict=True):
                 group["lr"] = learning_rate * share
             self.prior_optimizer.param_groups[0]["lr"] = PRIOR_LEARNING_RATE * rate(self.iteration)
-            parts = self._step(np.random.default_rng((self.settings.seed, self.iteration)))
+            for name, value in self._step(latents, pixels).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
             self.iteration += 1
             count += 1
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value
-            if self.iteration % CHECKPOINT_EVERY == 0 or self.iteration == until:
+            if self.iteration % every == 0 or self.iteration == until:
+                losses = {name: round(value.item() / count, 5) for name, value in sums.items()}
                 seconds = (time.monotonic() - begin) / count
-                line: dict[str, Any] = {"iteration": self.iteration, "seconds": round(seconds, 3)}
-                line["losses"] = {name: round(value / count, 5) for name, value in sums.items()}
-                line.update(validate(self.average, list(self.data.held_out()), self.teacher))
+                line: dict[str, Any] = {"iteration": self.iteration, "seconds": round(seconds, 3), "losses": losses}
+                line.update(validate(self.average, list(self.data.held_out()), self.teacher, self.device))
                 self.save(checkpoint)
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 report(json.dumps(line))
                 sums, count, begin = {}, 0, time.monotonic()
 
-    def _step(self, random: np.random.Generator) -> dict[str, float]:
-        """One iteration of the optimiser; gives the losses by name."""
-        pixels = self.data.batch(random, self.settings.crops).contiguous(memory_format=torch.channels_last)
-        if self.iteration < IMITATION:
-            parts = self._imitation_loss(pixels)
-        elif self.iteration < IMITATION + PRIOR_ALONE:
-            parts = self._rate_loss(pixels, random)
-        elif self.data.coded and self.iteration % CODED_EVERY == CODED_EVERY - 1:
-            latents, pixels = self.data.coded_batch(random, self.settings.crops)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            parts = self._image_losses(latents, pixels, random)
-        else:
+    def _step(self, latents: Tensor | None, pixels: Tensor) -> dict[str, Tensor]:
+        """One iteration of the optimiser; gives the losses by name. latents: of streams, for the decoder alone."""
+        random = np.random.default_rng((self.settings.seed, self.iteration))
+        pixels = pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        if latents is not None and self.iteration >= self._begin:
+            parts = self._image_losses(latents.to(self.device), pixels, random)
+        elif self.iteration >= self._begin:
             parts = self._losses(pixels, random)
+        elif self.iteration >= IMITATION:
+            parts = self._rate_loss(pixels, random)
+        else:
+            parts = self._imitation_loss(pixels)
         total = torch.stack(list(parts.values())).sum()
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
@@ -327,7 +381,7 @@ class _Run:
             new = 1 - min(AVERAGE_DECAY, (1 + self.iteration) / (10 + self.iteration))
             for average, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 average.lerp_(parameter, new)
-        return {name: value.item() for name, value in parts.items()}
+        return {name: value.detach() for name, value in parts.items()}
 
     def _imitation_loss(self, pixels: Tensor) -> dict[str, Tensor]:
         """The error of the encoder's first channels to lite's latents, and of the deviation of the others."""
@@ -344,20 +398,20 @@ class _Run:
         """The prior alone: its bits, all steps alike."""
         with torch.no_grad(), self._autocast():
             latent = self.model["encoder"](pixels).float()
-        step = _random_steps(random, len(pixels), MAX_STEP)
-        noise = torch.from_numpy(random.uniform(-0.5, 0.5, latent.shape).astype(np.float32))
+        step = _random_steps(random, len(pixels), MAX_STEP).to(self.device)
+        noise = self._uniform(random, latent.shape)
         bits = self.model["prior"](latent / step[:, None, None, None] + noise, step)
         return {"rate": bits.sum() / pixels[:, 0].numel()}
 
     def _losses(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
         with self._autocast():
             latent = self.model["encoder"](pixels).float()
-        step = _random_steps(random, len(pixels), self._max_step())
+        step = _random_steps(random, len(pixels), self._max_step()).to(self.device)
         scale = step[:, None, None, None]
         values = latent / scale
-        noisy = values + torch.from_numpy(random.uniform(-0.5, 0.5, latent.shape).astype(np.float32))
+        noisy = values + self._uniform(random, latent.shape)
         rounded = values + (values.round() - values).detach()
-        is_rounded = torch.from_numpy(random.random(len(pixels)) < ROUNDED_SHARE)[:, None, None, None]
+        is_rounded = torch.from_numpy(random.random(len(pixels)) < ROUNDED_SHARE).to(self.device)[:, None, None, None]
         quantised = torch.where(is_rounded, rounded, noisy)
         bits = self.model["prior"](noisy, step).sum((1, 2, 3)) / pixels[0, 0].numel()
         rate = RATE_WEIGHT * (bits * (step / 0.5).square()).mean()
@@ -379,7 +433,9 @@ class _Run:
     def _perceptual(self, image: Tensor, pixels: Tensor, random: np.random.Generator) -> Tensor:
         network: PerceptualDistance = self.student
         weight, raster = PERCEPTUAL_WEIGHT, FEATURE_RASTER
-        if self.teacher is not None and self.iteration % LPIPS_EVERY == LPIPS_EVERY - 1:
+        if self.teacher is not None and self.device.type == "cuda":
+            network, weight = self.teacher, LPIPS_WEIGHT_ALONE
+        elif self.teacher is not None and self.iteration % LPIPS_EVERY == LPIPS_EVERY - 1:
             network, weight, raster = self.teacher, LPIPS_WEIGHT, self.settings.crop // 2
         y, x = (int(shift) for shift in random.integers(0, raster, 2))
         window = slice(y, y + self.settings.crop - raster), slice(x, x + self.settings.crop - raster)
@@ -388,8 +444,19 @@ class _Run:
         return weight * network.distance(network.features(image[(..., *window)]), reference).mean()
 
     def _max_step(self) -> float:
-        position = min(1.0, max(0, self.iteration - IMITATION - PRIOR_ALONE) / RISE)
+        if self.only_decoder:
+            return MAX_STEP
+        position = min(1.0, max(0, self.iteration - self._begin) / RISE)
         return FIRST_MAX_STEP * (MAX_STEP / FIRST_MAX_STEP) ** position
+
+    def _uniform(self, random: np.random.Generator, shape: Sequence[int]) -> Tensor:
+        """Noise of quantisation."""
+        return torch.from_numpy(random.uniform(-0.5, 0.5, shape).astype(np.float32)).to(self.device)
+
+    @property
+    def _begin(self) -> int:
+        """The first iteration in which the decoder is trained."""
+        return 0 if self.only_decoder else IMITATION + PRIOR_ALONE
 
     @property
     def _decoder(self) -> SmallDecoder:
@@ -405,7 +472,20 @@ class _Run:
         return nn.Sequential(*layers[-2:])(x.float()) + 0.5
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+class _Batches(Dataset[tuple[Tensor | None, Tensor]]):
+    """The crops of each iteration, [N, 3, side, side], with latents if they are of streams."""
+
+    def __init__(self, data: Crops, settings: Settings) -> None:
+        self._data, self._settings = data, settings
+
+    def __getitem__(self, iteration: int) -> tuple[Tensor | None, Tensor]:
+        random = np.random.default_rng((self._settings.seed, iteration, 0))
+        if self._data.coded and iteration % CODED_EVERY == CODED_EVERY - 1:
+            return self._data.coded_batch(random, self._settings.crops)
+        return None, self._data.batch(random, self._settings.crops)
 
 
 def mesh_loss(image: Tensor, reference: Tensor) -> Tensor:
@@ -466,9 +546,9 @@ def flat_latents(latents: Tensor, pixels: Tensor) -> Tensor:
 def _ripple_vectors(latents: Tensor, pixels: Tensor, random: np.random.Generator) -> Tensor:
     """Latents [n, C] for `ripple_loss`: some of flat areas, and others of anywhere."""
     flat = flat_latents(latents, pixels)
-    flat = flat[torch.from_numpy(random.permutation(len(flat))[: RIPPLE_LATENTS // 2])]
+    flat = flat[random.permutation(len(flat))[: RIPPLE_LATENTS // 2]]
     all_latents = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    others = all_latents[torch.from_numpy(random.permutation(len(all_latents))[: RIPPLE_LATENTS - len(flat)])]
+    others = all_latents[random.permutation(len(all_latents))[: RIPPLE_LATENTS - len(flat)]]
     return torch.cat([flat, others])
 
 
@@ -485,14 +565,16 @@ def _random_steps(random: np.random.Generator, count: int, largest: float) -> Te
 
 
 @torch.inference_mode()
-def validate(model: nn.ModuleDict, images: Sequence[np.ndarray], lpips: LpipsVgg | None) -> dict[str, dict[str, float]]:
+def validate(
+    model: nn.ModuleDict, images: Sequence[np.ndarray], lpips: LpipsVgg | None, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Figures of photos coded with rounded latents, by step: bpp of the prior, PSNR, MS-SSIM, mesh.
 
     images: H x W x 3 uint8, sides multiples of 8. mesh: the largest peak and the geometric mean of `mesh_peaks`;
     texture: those of what is not flat. lpips: measured on 256 x 256 pixels in the middle.
     """
     result: dict[str, dict[str, float]] = {}
-    pixels = [torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 for image in images]
+    pixels = [torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255 for image in images]
     latents = [model["encoder"](x) for x in pixels]
     for step in VALIDATION_STEPS:
         figures: dict[str, list[float]] = {}
@@ -500,11 +582,11 @@ def validate(model: nn.ModuleDict, images: Sequence[np.ndarray], lpips: LpipsVgg
         for x, latent in zip(pixels, latents, strict=True):
             if step:
                 values = (latent / step).round()
-                bits = model["prior"](values, torch.tensor([step])).sum().item()
+                bits = model["prior"](values, torch.tensor([step], device=device)).sum().item()
                 figures.setdefault("bpp", []).append(bits / x[0, 0].numel())
                 latent = values * step
             image = (255 * model["decoder"](latent)).round() / 255
-            decoded.append((255 * image[0]).round().byte().permute(1, 2, 0).numpy())
+            decoded.append((255 * image[0]).round().byte().permute(1, 2, 0).cpu().numpy())
             figures.setdefault("psnr", []).append(-10 * math.log10(F.mse_loss(image, x).item() + 1e-10))
             figures.setdefault("ms_ssim", []).append(ms_ssim(image, structure(x)).item())
             if lpips is not None and step == 0.5:

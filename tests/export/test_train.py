@@ -201,6 +201,24 @@ def test_a_resumed_run_gives_the_same_as_an_unbroken_one(photos: Path, tmp_path:
         run("whole", 4, 0)
 
 
+@pytest.mark.usefixtures("short")
+def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
+    def run(name: str, iterations: int, **settings: object) -> list[bytes]:
+        files = train(photos, tmp_path / name, iterations=iterations, crop=64, crops=2, **settings)  # type: ignore[arg-type]
+        return [file.read_bytes() for file in files if file.suffix == ".onnx"]
+
+    first = run("first", 3)
+    checkpoint = tmp_path / "first" / "checkpoint.pt"
+    assert run("further", 4, start=checkpoint) != first
+    large, encoder = run("large", 1, start=checkpoint, decoder="large")
+    assert encoder == first[1]
+    assert len(large) > 3 * len(first[0])
+    with pytest.raises(ClricError, match="name its checkpoint"):
+        run("no start", 2, decoder="large")
+    with pytest.raises(ModelError, match="is of other networks"):
+        run("other channels", 4, start=checkpoint, channels=4)
+
+
 def test_command_names_what_is_missing(photos: Path, tmp_path: Path) -> None:
     arguments = ["train", "--photos", str(photos), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
