@@ -334,6 +334,24 @@ def test_measures_by_vgg16_and_its_frechet_distance(run: Run, shared: Path, tmp_
     assert "†" not in summary
 
 
+def test_speed_of_batches(run: Run, tmp_path: Path) -> None:
+    for number, size in enumerate([(48, 64), (64, 48), (72, 48)]):
+        write_photo(tmp_path / f"{number}.png", *size)
+    command = ("clric-bench", "speed", tmp_path.name, "--preset", "fast", "--device", "cpu")
+    result = run(*command, "--batch", "1", "--batch", "2", "-o", "speed.csv", cwd=tmp_path.parent)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path.parent / "speed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["width"], row["height"]) for row in rows] == [("1", "64", "48"), ("2", "64", "48")]
+    for row in rows:
+        # The parts are within the whole: 300 iterations on the latent and 20 on the image
+        parts = 300 * float(row["latent_ms"]) + 20 * float(row["image_ms"])
+        assert 0 < parts / 1000 < 1.5 * float(row["seconds"])
+        assert float(row["images_per_minute"]) == pytest.approx(60 * int(row["batch"]) / float(row["seconds"]), rel=0.1)
+    result = run(*command, "--batch", "3", cwd=tmp_path.parent)
+    assert_one_line(result, 1, "only 2 images of one size are given; a batch of 3 needs more")
+
+
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_photo(tmp_path / "photo.png", 16, 16)

@@ -143,6 +143,66 @@ def run_bench(
     return _attempt(work)
 
 
+@command.command("speed")
+@click.argument("images", metavar="IMAGES...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="CSV file to write.")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Number of images to train together; repeatable.",
+)
+@click.option(
+    "--preset",
+    "presets",
+    type=click.Choice(list(PRESETS)),
+    multiple=True,
+    default=("default",),
+    show_default=True,
+    help="Preset; repeatable.",
+)
+@click.option("--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--models", type=_Folder, help="Folder to search for weights first.")
+def speed(
+    images: tuple[Path, ...],
+    output: Path | None,
+    batches: tuple[int, ...],
+    presets: tuple[str, ...],
+    vae: str,
+    device: str,
+    models: Path | None,
+) -> int:
+    """Measure how fast clric encodes IMAGES (files or folders) of one size: milliseconds an iteration, images a minute.
+
+    The time of loading networks and of compiling is not counted.
+    """  # fmt: skip
+
+    def work() -> bool:
+        take_over_pillow()
+        found = [path for path, _ in list_images(images)]
+        with _libraries():
+            from .speed import Speed, measure_speed, write_speeds
+
+        def show(speed: Speed) -> None:
+            image = "" if speed.image_ms is None else f", {speed.image_ms:.2f} ms on the image"
+            click.echo(
+                f"{speed.device}: {speed.preset}, batch of {speed.batch}: {speed.latent_ms:.2f} ms an iteration on the"
+                f" latent{image}; {speed.seconds:.1f} s, {speed.images_per_minute:.1f} images/min"
+            )
+
+        folder = str(models) if models else None
+        speeds = measure_speed(found, batches, presets, vae=vae, device=device, models=folder, report=show)
+        if output is not None:
+            write_speeds(speeds, output)
+        return True
+
+    return _attempt(work)
+
+
 @command.command("report")
 @_output
 def report(output: Path) -> int:

@@ -193,13 +193,17 @@ def _seconds(task: Task) -> float:
     return (1 + task.codec.seconds) * pixels / _KODAK_PIXELS + 5 * task.alone
 
 
-def _machine(jobs: int) -> list[str]:
-    processor = platform.processor() or platform.machine()
+def processor_name() -> str:
+    """What the system calls the processor."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def _machine(jobs: int) -> list[str]:
     return [
-        f"{processor}, {available_cpus()} CPUs",
+        f"{processor_name()}, {available_cpus()} CPUs",
         f"{jobs} job{'s' * (jobs > 1)} at once",
         f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}",
         f"{datetime.now(timezone.utc):%Y-%m-%d}",
