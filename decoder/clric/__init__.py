@@ -59,7 +59,8 @@ def encode(
     image: H x W x 3 uint8 RGB, a Pillow image, or the path of an image file. Of the latter two, EXIF's orientation is
         applied, and transparency is flattened on white (UserWarning).
     strip: leave out EXIF, XMP and colour profile of a Pillow image or a file; colours are then converted to sRGB.
-    metadata: of an array, by the names icc_profile, exif (without its prefix) and xmp.
+    metadata: of an array, by the names icc_profile (of the pixels, which stay as they are), exif and xmp. Orientations
+        in it are dropped: the array is taken to be upright.
     quality, bpp, size, lmbda: at most one. 0 to 100 (75 where nothing is given); the largest size in bits per pixel,
         or in bytes; the weight of the rate in latent MSE + lmbda * bpp. A UserWarning says what size cannot be met.
     preset: ``instant``, which needs onnxruntime (``pip install 'clric[cpu]'``), or ``fast``, ``default``, ``slow`` or
@@ -101,6 +102,7 @@ def decode(
 ) -> np.ndarray:
     """The image of a stream, or of a file of that path, H x W x 3 uint8 RGB.
 
+    Its colours are those of the profile in `read_header`'s metadata, if there is one, and else sRGB.
     vae: the image decoder by name, or the path of an .onnx file; None for the default of the stream's latent space.
     provider: where onnxruntime computes: auto, cpu, cuda, ... models: a folder to look for the image decoder in first.
     max_pixels: larger images are refused before memory is taken for them.
@@ -123,12 +125,19 @@ def decode_latent(
 
 
 def read_header(
-    stream: bytes | bytearray | memoryview | str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
+    stream: bytes | bytearray | memoryview | str | os.PathLike[str],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    size: int | None = None,
 ) -> Header:
-    """What a stream says of itself: size, latent space, bytes by part, bpp. Nothing is decoded; see `decode`."""
+    """What a stream says of itself: size, latent space, bytes by part, bpp. Nothing is decoded; see `decode`.
+
+    size: of the whole file in bytes, where only its beginning is given: some kilobytes, and the metadata if the image
+    has any. StreamError of kind ``truncated`` says that more is needed.
+    """
     data = _read_stream(stream, max_pixels)
     with _naming(stream):
-        return clric_decoder.read_header(data, max_pixels)
+        return clric_decoder.read_header(data, max_pixels, size)
 
 
 def _read_stream(stream: object, max_pixels: int) -> bytes:
@@ -152,12 +161,13 @@ def _naming(stream: object) -> Iterator[None]:
 
 def _read_image(image: object, strip: bool, metadata: Metadata) -> tuple[np.ndarray, list[str], Metadata]:
     """(H x W x 3 uint8, warnings for the user, metadata) of whatever `encode` takes."""
+    from clric_decoder.image import read_image, to_rgb, upright
+    from PIL import Image
+
     if isinstance(image, np.ndarray):
-        return image, [], metadata
+        return image, [], upright(metadata)
     if metadata:
         raise TypeError("metadata goes with an array; a Pillow image and a file have their own")
-    from clric_decoder.image import read_image, to_rgb
-    from PIL import Image
 
     if isinstance(image, Image.Image):
         return to_rgb(image, strip=strip)

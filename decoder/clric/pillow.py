@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from clric_decoder.bitstream import MAGIC, MAX_SIDE, METADATA
-from clric_decoder.image import EXIF_PREFIX, to_rgb, upright_exif
+from clric_decoder.image import EXIF_PREFIX, to_rgb
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from . import ClricError, StreamError, decode, decode_latent, encode, read_header
@@ -112,18 +112,17 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
         for name in METADATA.values():
             if name in given:
                 metadata.pop(name, None)
-                content = given[name]
-                if content:
-                    content = upright_exif(content) if name == "exif" else _to_bytes(content)
-                if content:
-                    metadata[name] = content
+                if given[name]:
+                    metadata[name] = _to_bytes(given[name])
         for note in notes:
             warnings.warn(note, stacklevel=4)
         data = encode(pixels, metadata=metadata, **options)
     file.write(data)
 
 
-def _to_bytes(content: bytes | str) -> bytes:
+def _to_bytes(content: bytes | str | Image.Exif) -> bytes:
+    if isinstance(content, Image.Exif):
+        return content.tobytes()
     return content.encode() if isinstance(content, str) else content
 
 

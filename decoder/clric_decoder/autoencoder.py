@@ -5,7 +5,6 @@ the parts that the missing surroundings reach are dropped. onnxruntime is import
 opened.
 """
 
-import contextlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,7 @@ from .bitstream import MAX_PIXELS, Header, read_header
 from .cpus import thread_count
 from .errors import ModelError, one_line
 from .latent import decode_latent
-from .models import IMAGE_DECODERS, check_space, find_decoder
+from .models import check_space, find_decoder, find_registered_decoder
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -91,15 +90,13 @@ def decode(
 
 
 def default_decoder(header: Header, models: str | os.PathLike[str] | None = None) -> str:
-    """The name of the image decoder for a stream: the one it was trained for, if that is here, or the smallest.
+    """The image decoder for a stream, by path or name: the one it was trained for, if that is here, or the smallest.
 
     Raises ModelError for a latent space without one.
     """
-    named = IMAGE_DECODERS.get(header.space, {}).get(header.image_decoder)
-    if named is not None and named[0] != DEFAULT_DECODERS.get(header.space):
-        with contextlib.suppress(ModelError):
-            find_decoder(named[0], models)
-            return named[0]
+    path = find_registered_decoder(header.space, header.image_decoder, models)
+    if path is not None:
+        return str(path)
     if header.space not in DEFAULT_DECODERS:
         raise ModelError(f"no default decoder for the latent space {header.space}; name its decoder (--vae)")
     return DEFAULT_DECODERS[header.space]

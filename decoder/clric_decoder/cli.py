@@ -137,7 +137,8 @@ def command(
             decoder = open_decoder(name, header.space, provider=provider, models=models)
             trained_for = IMAGE_DECODERS.get(header.space, {}).get(header.image_decoder)
             if trained_for and image_decoder_number(decoder.manifest) != header.image_decoder:
-                shown = decoder.manifest["name"]
+                name, digest = decoder.manifest["name"], decoder.manifest["sha256"]
+                shown = f"other weights of it (SHA-256 {digest[:16]})" if name == trained_for[0] else name
                 print_error(NAME, f"note: trained for the image decoder {trained_for[0]}, shown by {shown}", source)
         latent_values = decode_latent(data, max_pixels=max_pixels)
         if latent_place:
@@ -149,7 +150,8 @@ def command(
             from .image import write_image
 
             pixels = decode_image(decoder, latent_values, header.width, header.height)
-            write_image(image_place, pixels, header.metadata)
+            for note in write_image(image_place, pixels, header.metadata):
+                print_error(NAME, f"note: {note}", source)
 
     return for_each(NAME, zip(inputs, images.places, latents.places, strict=True), convert)
 
@@ -168,8 +170,10 @@ def describe(header: "Header") -> dict[str, Any]:
         "width": header.width,
         "height": header.height,
         "latent_space": header.space,
+        "image_decoder": IMAGE_DECODERS.get(header.space, {}).get(header.image_decoder, (None,))[0],
         "latent": [header.channels, header.latent_height, header.latent_width],
         "grids": [list(shape) for shape in header.grid_shapes],
+        "function": header.function,
         "architecture": header.architecture.describe(),
         "parameters": count_parameters(header),
         "bytes": {
@@ -179,6 +183,7 @@ def describe(header: "Header") -> dict[str, Any]:
             "metadata": header.metadata_bytes,
             "total": header.total_bytes,
         },
+        "metadata": list(header.metadata),
         "bpp": header.bpp,
         "mac_per_pixel": {**complexity, "total": sum(complexity.values())},
     }
@@ -197,12 +202,13 @@ def _as_text(source: str, facts: dict[str, Any]) -> str:
         ("rate", f"{facts['bpp']:.4f} bpp, {parts['total']:,} bytes"),
         ("format", f"version {facts['version']}"),
         ("latent", f"{facts['latent_space']}, {channels} x {size[0]} x {size[1]}"),
-        ("function", facts["architecture"]),
+        ("trained for", facts["image_decoder"] or "none"),
+        ("function", f"{facts['function'] or 'of its own'}: {facts['architecture']}"),
         ("parameters", f"{facts['parameters']:,}"),
         ("header", f"{parts['header']:,} bytes"),
         ("networks", f"{parts['networks']:,} bytes"),
         *levels,
-        ("metadata", f"{parts['metadata']:,} bytes"),
+        ("metadata", ", ".join([f"{parts['metadata']:,} bytes", *facts["metadata"]])),
         ("MAC/pixel", ", ".join(f"{part} {value:.2f}" for part, value in complexity.items())),
     ]
     return "\n".join([source, *(f"  {label:<12}{value}" for label, value in rows)])

@@ -6,6 +6,7 @@ Colours are sRGB unless a profile is kept: else one of another colour space is a
 import io
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +32,19 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 
 # What stands before EXIF in a JPEG file, but not in a stream; and the tag of XMP in a TIFF file.
 EXIF_PREFIX, _TIFF_XMP = b"Exif\0\0", 700
+
+# Of a TIFF file's tags, those that say something of the picture; the others say how its pixels are stored.
+_TIFF_EXIF = {
+    *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model),
+    *(ExifTags.Base.XResolution, ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit, ExifTags.Base.Software),
+    *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.HostComputer, ExifTags.Base.Copyright),
+    *(ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
+}
+
+# XMP's orientation, as an attribute and as an element.
+_XMP_ORIENTATION = re.compile(
+    rb"""\s+tiff:Orientation\s*=\s*("[^"]*"|'[^']*')|<tiff:Orientation\s*>[^<]*</tiff:Orientation\s*>"""
+)
 
 # The most pixels of an image to encode, unless the caller says otherwise.
 MAX_SOURCE_PIXELS = 1 << 28
@@ -109,44 +123,55 @@ def check_image_output(path: str | os.PathLike[str]) -> None:
     check_output(path)
 
 
-def write_image(path: str | os.PathLike[str], image: np.ndarray, metadata: Metadata | None = None) -> None:
+def write_image(path: str | os.PathLike[str], image: np.ndarray, metadata: Metadata | None = None) -> list[str]:
     """Writes an H x W x 3 uint8 array in the format that the suffix names; ``-`` is a PNG to standard output.
 
     metadata: goes into formats that have a place for it, all but BMP and PPM. A file appears whole or not at all.
+    Gives warnings for the user, of metadata that the format cannot hold: the image is written without it.
     Raises ImageError for an unknown suffix or an image that the format cannot hold, ClricError where the file cannot
     be written.
     """
-    suffix = _suffix(path)
-    encoded = io.BytesIO()
-    options = {**_SAVE_OPTIONS[suffix], **_metadata_options(suffix, metadata or {})}
-    try:
-        Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **options)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{os.fspath(path)}: cannot be made ({one_line(error)})") from error
+    suffix, notes = _suffix(path), []
+    metadata = dict(metadata or {})
+    if suffix in (".bmp", ".ppm"):
+        if "icc_profile" in metadata:
+            notes.append(f"{suffix} holds no colour profile, without which colours are not what they were")
+        metadata = {}
+    while True:
+        encoded = io.BytesIO()
+        try:
+            options = {**_SAVE_OPTIONS[suffix], **_metadata_options(suffix, metadata)}
+            Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **options)
+            break
+        except Exception as error:  # what a stream calls EXIF may be anything, and so is what Pillow raises then
+            if not metadata:
+                raise ImageError(f"{os.fspath(path)}: cannot be made ({one_line(error)})") from error
+            name, _ = metadata.popitem()  # the profile, which colours depend on, is the first
+            notes.append(f"{name} is left out, {suffix} cannot hold it ({one_line(error)})")
     write_output(path, encoded.getvalue())
+    return notes
 
 
 def _metadata_options(suffix: str, metadata: Metadata) -> dict[str, Any]:
-    """Pillow's names for metadata in the format of a suffix."""
-    if not metadata or suffix in (".bmp", ".ppm"):
-        return {}
+    """Pillow's names for metadata in the format of a suffix, without orientations: pixels are upright."""
     options: dict[str, Any] = {}
     if "icc_profile" in metadata:
         options["icc_profile"] = metadata["icc_profile"]
-    if "exif" in metadata:
-        options["exif"] = EXIF_PREFIX + metadata["exif"]
-    if "xmp" in metadata and suffix == ".png":
+    if "exif" in metadata and (exif := _upright_exif(metadata["exif"])):
+        options["exif"] = EXIF_PREFIX + exif
+    xmp = _upright_xmp(metadata.get("xmp", b""))
+    if xmp and suffix == ".png":
         text = PngImagePlugin.PngInfo()
-        text.add_itxt("XML:com.adobe.xmp", metadata["xmp"].decode(errors="replace"))
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode(errors="replace"))
         options["pnginfo"] = text
-    elif "xmp" in metadata and suffix in (".tif", ".tiff"):
+    elif xmp and suffix in (".tif", ".tiff"):
         tags = Image.Exif()
         if "exif" in options:
             tags.load(options["exif"])
-        tags[_TIFF_XMP] = metadata["xmp"]
+        tags[_TIFF_XMP] = xmp
         options["exif"] = tags
-    elif "xmp" in metadata:
-        options["xmp"] = metadata["xmp"]
+    elif xmp:
+        options["xmp"] = xmp
     if suffix in (".tif", ".tiff") and "exif" in options:
         options["compression"] = None  # libtiff cannot write EXIF's own directory, and Pillow cannot compress
     return options
@@ -169,10 +194,23 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int, strip: bool) -> Pict
         )
     notes = []
     profile = image.info.get("icc_profile")
+    metadata: Metadata = {}
+    orientation = 1
+    try:
+        exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        content = exif.tobytes() if len(exif) and not strip else b""  # while a TIFF file is open
+        if content:
+            metadata["exif"] = _upright_exif(content, of_tiff=hasattr(image, "tag_v2"))
+    except Exception as error:  # as in `read_image`
+        notes.append(f"{name}: its EXIF is left out, which cannot be read ({one_line(error)})")
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the copy that is made where it is 1
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    if xmp and not strip:
+        metadata["xmp"] = _upright_xmp(xmp.encode() if isinstance(xmp, str) else xmp)
+    metadata = {key: value for key, value in metadata.items() if value}
+    if orientation != 1:  # without the copy that is made where it is 1
         image = ImageOps.exif_transpose(image)
-    metadata = {} if strip else _exif_and_xmp(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image, name)
     if image.has_transparency_data:
@@ -188,29 +226,34 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int, strip: bool) -> Pict
     return Picture(np.asarray(image.convert("RGB")), notes, metadata)
 
 
-def upright_exif(exif: Image.Exif | bytes) -> bytes:
-    """EXIF as streams hold it: without prefix, orientation and thumbnail, which can be longer than the stream.
+def upright(metadata: Metadata) -> Metadata:
+    """Metadata as streams hold it: EXIF without prefix, orientation and thumbnail, and XMP without orientation.
 
-    Empty where nothing is left.
+    What is empty then is left out. Raises ImageError for EXIF that cannot be read.
     """
-    if isinstance(exif, bytes):
-        content, exif = exif, Image.Exif()
-        exif.load(content)
+    result = dict(metadata)
+    if "exif" in result:
+        try:
+            result["exif"] = _upright_exif(result["exif"])
+        except Exception as error:  # Pillow's readers let all kinds escape
+            raise ImageError(f"the EXIF metadata cannot be read ({one_line(error)})") from error
+    if "xmp" in result:
+        result["xmp"] = _upright_xmp(result["xmp"])
+    return {name: content for name, content in result.items() if content}
+
+
+def _upright_exif(content: bytes, of_tiff: bool = False) -> bytes:
+    """As `upright`; Pillow leaves out the thumbnail, which can be longer than the stream."""
+    exif = Image.Exif()
+    exif.load(content)
     exif.pop(ExifTags.Base.Orientation, None)
+    for tag in set(exif) - _TIFF_EXIF if of_tiff else ():
+        del exif[tag]
     return exif.tobytes().removeprefix(EXIF_PREFIX) if len(exif) else b""
 
 
-def _exif_and_xmp(image: Image.Image) -> Metadata:
-    """Those of an upright image."""
-    metadata: Metadata = {}
-    if image.info.get("exif"):
-        exif = upright_exif(image.getexif())
-        if exif:
-            metadata["exif"] = exif
-    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-    if xmp:
-        metadata["xmp"] = xmp.encode() if isinstance(xmp, str) else xmp
-    return metadata
+def _upright_xmp(content: bytes) -> bytes:
+    return _XMP_ORIENTATION.sub(b"", content)
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:

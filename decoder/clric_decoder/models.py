@@ -283,6 +283,20 @@ def image_decoder_number(manifest: dict[str, Any]) -> int:
     return next((number for number, (_, digest) in registered.items() if digest == manifest["sha256"]), 0)
 
 
+def find_registered_decoder(space: str, number: int, models: str | os.PathLike[str] | None = None) -> Path | None:
+    """The file of an image decoder in `IMAGE_DECODERS`, by its SHA-256; None where it is in no folder.
+
+    Others of its name are passed over: folders may have older or newer weights.
+    """
+    name, digest = IMAGE_DECODERS.get(space, {}).get(number, ("", ""))
+    for folder in search_folders(models) if name else ():
+        for place in _places(folder):
+            manifest = _load_json(place / f"{name}.json")
+            if manifest and manifest.get("sha256") == digest and os.path.isfile(place / f"{name}.onnx"):
+                return place / f"{name}.onnx"
+    return None
+
+
 def check_space(manifest: dict[str, Any], space: str, models: str | os.PathLike[str] | None = None) -> None:
     """Raises ModelError where a decoder is of another latent space than the stream's.
 

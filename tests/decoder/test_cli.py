@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,26 @@ def test_a_stream_that_another_decoder_shows_is_said(
     file.with_suffix(".png").unlink()
     result = run("clric-dec", file.name)  # lite, which comes with clric
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_other_weights_by_the_name_of_a_streams_decoder_are_not_taken_for_it(
+    run: Run, file: Path, make_stream: Callable[..., bytes], toy_models: Path
+) -> None:
+    file.write_bytes(make_stream(45, 33, image_decoder=1))
+    models = file.parent / "models"
+    models.mkdir()
+    shutil.copy(toy_models / "toy.onnx", models / "lite.onnx")
+    manifest = json.loads((toy_models / "toy.json").read_text())
+    (models / "lite.json").write_text(json.dumps({**manifest, "name": "lite"}))
+    result = run("clric-dec", file.name, "by_default.png", "--models", "models")
+    assert (result.returncode, result.stderr) == (0, b"")
+    result = run("clric-dec", file.name, "by_name.png", "--models", "models", "--vae", "lite")
+    assert result.returncode == 0
+    note = f"note: trained for the image decoder lite, shown by other weights of it (SHA-256 {manifest['sha256'][:16]})"
+    assert result.stderr.decode() == f"clric-dec: photo.clric: {note}\n"
+    shown = [pixels((file.parent / name).read_bytes()) for name in ("by_default.png", "by_name.png")]
+    np.testing.assert_array_equal(shown[0], decode(file.read_bytes(), vae="lite"))
+    np.testing.assert_array_equal(shown[1], decode(file.read_bytes(), vae=str(toy_models / "toy.onnx")))
 
 
 def test_several_inputs_go_to_a_folder_and_a_bad_one_stops_none(

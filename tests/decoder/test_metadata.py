@@ -1,5 +1,6 @@
 """EXIF, XMP and colour profile: from image files into streams, and out of streams into image files."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import clric.pillow  # registers the format
 import numpy as np
 import pytest
 from clric_decoder.image import read_image, write_image
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description tiff:Orientation="6" dc:title="A title" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"
@@ -29,8 +30,9 @@ def exif(orientation: int = 6) -> Image.Exif:
     return tags
 
 
+@functools.cache
 def linear_profile() -> bytes:
-    """sRGB's profile with the tone curves of another gamma: not sRGB by what it does."""
+    """sRGB's profile with the tone curves of another gamma: not sRGB by what it does. One, for it has a date."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     at = profile.index(b"para")
     profile[at + 12 : at + 16] = (0x00010000).to_bytes(4, "big")  # gamma 1.0, in 1/65536
@@ -63,6 +65,50 @@ def test_xmp_loses_its_orientation_where_it_is_applied() -> None:
     assert b"Orientation" not in xmp
 
 
+ELEMENT = b"<rdf:Description><tiff:Orientation>6</tiff:Orientation><dc:title>A title</dc:title></rdf:Description>"
+
+
+@pytest.mark.parametrize("xmp", [XMP, XMP.replace(b'="6"', b" = '6'"), ELEMENT])
+def test_orientation_is_taken_from_metadata_that_does_not_apply(xmp) -> None:
+    """EXIF, which says that the photo is upright, counts; and who gives an array gives it upright."""
+    photo = Image.open(saved(picture(), ".jpg", exif=exif(1), xmp=xmp))
+    file = io.BytesIO()
+    picture().save(file, "CLRIC", preset="instant", xmp=xmp.decode(), exif=exif(6))
+    array = clric.encode(np.asarray(picture()), preset="instant", metadata={"xmp": xmp, "exif": exif(6).tobytes()})
+    for data in (clric.encode(photo, preset="instant"), file.getvalue(), array):
+        header = clric.read_header(data)
+        assert (header.width, header.height) == (48, 40)
+        assert b"A title" in header.metadata["xmp"]
+        assert b"Orientation" not in header.metadata["xmp"]
+        tags = Image.Exif()
+        tags.load(header.metadata["exif"])
+        assert ExifTags.Base.Orientation not in tags
+
+
+def test_exif_of_tiff_and_of_png_from_imagemagick_is_kept_without_how_pixels_are_stored(tmp_path: Path) -> None:
+    tiff = saved(picture(), ".tif", exif=exif().tobytes())
+    hexadecimal = exif().tobytes().hex()
+    raw = PngImagePlugin.PngInfo()
+    raw.add_text("Raw profile type exif", f"\nexif\n{len(hexadecimal) // 2:8}\n{hexadecimal}\n")
+    for file in (tiff, saved(picture(), ".png", pnginfo=raw)):
+        read = read_image(file, strip=False)
+        assert read.notes == []
+        assert read.pixels.shape == (48, 40, 3)
+        tags = Image.Exif()
+        tags.load(read.metadata["exif"])
+        assert set(tags) == {ExifTags.Base.Make, ExifTags.IFD.Exif}
+        assert tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] == DATE
+
+
+def test_exif_that_cannot_be_read_is_left_out_with_a_note() -> None:
+    read = read_image(saved(picture(), ".png", exif=b"garbage"), strip=False)
+    np.testing.assert_array_equal(read.pixels, np.asarray(picture()))
+    assert read.metadata == {}
+    assert "EXIF is left out" in read.notes[0]
+    with pytest.raises(clric.ImageError, match="EXIF"):
+        clric.encode(np.asarray(picture()), preset="instant", metadata={"exif": b"garbage"})
+
+
 def test_a_file_grows_by_nothing_where_the_image_has_no_metadata() -> None:
     plain = clric.encode(np.asarray(picture()), preset="instant")
     assert clric.encode(Image.open(saved(picture(), ".png")), preset="instant") == plain
@@ -90,6 +136,25 @@ def test_the_profile_of_srgb_itself_is_left_out() -> None:
     read = read_image(saved(picture(), ".png", icc_profile=profile), strip=False)
     assert read.metadata == {}
     np.testing.assert_array_equal(read.pixels, np.asarray(picture()))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp", ".ppm"])
+@pytest.mark.parametrize("content", [b"garbage", b"<x/>" * 20_000], ids=["short", "long"])
+def test_an_image_is_written_without_metadata_that_its_format_cannot_hold(tmp_path: Path, suffix, content) -> None:
+    """A stream may hold anything under these names."""
+    pixels = np.asarray(picture())
+    metadata = {"icc_profile": linear_profile(), "exif": content, "xmp": content}
+    notes = write_image(tmp_path / f"out{suffix}", pixels, metadata)
+    with Image.open(tmp_path / f"out{suffix}") as image:
+        assert image.size == (48, 40)
+        assert ("icc_profile" in image.info) == (suffix not in (".bmp", ".ppm"))
+        # What is said to be left out, and nothing else
+        assert ("exif" in image.info) == (suffix in (".png", ".jpg", ".webp") and not any("exif" in n for n in notes))
+    if suffix in (".bmp", ".ppm"):
+        assert len(notes) == 1
+        assert "colour profile" in notes[0]
+    if suffix == ".jpg" and content != b"garbage":
+        assert any("xmp is left out" in note for note in notes)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
