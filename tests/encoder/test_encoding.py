@@ -223,14 +223,14 @@ def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
         if fault is KeyboardInterrupt and progress.iteration > 100:
             raise fault
 
-    step, first = Adam.step, os.getpid()
+    move, first = Adam.move, os.getpid()
 
     def fail(*arguments) -> None:
         if fault is MemoryError and os.getpid() != first:
             raise fault
-        step(*arguments)
+        move(*arguments)
 
-    monkeypatch.setattr(Adam, "step", fail)
+    monkeypatch.setattr(Adam, "move", fail)
     latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
     with pytest.raises(fault):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick", progress=interrupt)
@@ -241,14 +241,14 @@ def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
 @pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
 @pytest.mark.usefixtures("two_threads")
 def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
-    step, first = Adam.step, os.getpid()
+    move, first = Adam.move, os.getpid()
 
     def die(*arguments) -> None:
         if os.getpid() != first:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(*arguments)
+        move(*arguments)
 
-    monkeypatch.setattr(Adam, "step", die)
+    monkeypatch.setattr(Adam, "move", die)
     latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
     with pytest.raises(MemoryError, match="killed"):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
