@@ -23,6 +23,7 @@ from ..model.function import Packing, Synthesis, grid_bits
 from ..model.grid_layout import GridLayout
 from ..network_quantization import as_networks, quantize_networks
 from . import process_pool
+from .cuda_graph import CudaGraph
 from .distortion import Distortion, ImageDistortion, LatentError
 from .optimizers import Adam, Soap
 from .presets import Preset, Stage
@@ -30,6 +31,7 @@ from .rate_control import GOAL, HIGHEST, IMAGE, LATENT, LOWEST, MIN_FILL, RateCo
 from .rounding import add_uniform_noise, round_straight_through
 
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
+CAPTURED_FROM = 50  # the fewest iterations that are worth the capture of a CUDA graph
 CONTROLS = 100  # corrections of lambda in a stage, for a target
 NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is looked at, for a target
 
@@ -442,7 +444,8 @@ class _Trainer:
         pixels = self.pixels[owners]
         noise = _Noise(state, stage.rounding, self.layout.mask.shape)
         networks = self.packing.split(state.vectors)
-        iterate = self.iteration(state, stage, owners)
+        eager = self.iteration(state, stage, owners)
+        iterate = CudaGraph(eager) if self.device.type == "cuda" and iterations >= CAPTURED_FROM else eager
         pause = max(1, stage.iterations // CONTROLS)
         for iteration in range(iterations):
             position = iteration / stage.iterations
@@ -457,8 +460,10 @@ class _Trainer:
             if not stage.fixed:
                 scalars += state.network_optimizer.advance(_cosine(stage.network_rate, position))
             changing = rate_weights, noise.draw(), self.backend.scalars(scalars, self.device)
-            look = stage.look_every > 0 and iteration % stage.look_every == 0
-            distortions, bits = iterate(*changing, look=look)
+            if stage.look_every and iteration % stage.look_every == 0:
+                distortions, bits = eager(*changing, look=True)
+            else:
+                distortions, bits = iterate(*changing)
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
                 state.losses = (distortions + rate_weights * bits).cpu()
                 self.last = Progress(
@@ -474,7 +479,7 @@ class _Trainer:
     def iteration(self, state: _State, stage: Stage, owners: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
         """What an iteration does to `state`, as a function of what changes from one to the next.
 
-        All else that it reads and writes are tensors that stay where they are, so that a CUDA graph can replay it.
+        All else that it reads and writes are tensors that stay where they are, so that `CudaGraph` can replay it.
         """
         grad_packed, grad_vectors = torch.empty_like(state.packed), torch.empty_like(state.vectors)
         networks, grad_networks = self.packing.split(state.vectors), self.packing.split(grad_vectors)
