@@ -25,9 +25,10 @@ from clric_encoder.model.grid_layout import GridLayout
 from clric_encoder.network_quantization import quantize_networks
 from clric_encoder.rate import Rate, quality_to_lambda
 from clric_encoder.stream import MAX_LATENT
-from clric_encoder.training import process_pool
+from clric_encoder.training import loop, process_pool
+from clric_encoder.training.distortion import LatentError
 from clric_encoder.training.optimizers import Adam
-from clric_encoder.training.presets import PRESETS
+from clric_encoder.training.presets import PRESETS, WarmUp
 from clric_encoder.training.rate_control import principal_step
 
 CPU = torch.device("cpu")
@@ -223,14 +224,14 @@ def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
         if fault is KeyboardInterrupt and progress.iteration > 100:
             raise fault
 
-    step, first = Adam.step, os.getpid()
+    move, first = Adam.move, os.getpid()
 
     def fail(*arguments) -> None:
         if fault is MemoryError and os.getpid() != first:
             raise fault
-        step(*arguments)
+        move(*arguments)
 
-    monkeypatch.setattr(Adam, "step", fail)
+    monkeypatch.setattr(Adam, "move", fail)
     latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
     with pytest.raises(fault):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick", progress=interrupt)
@@ -241,14 +242,14 @@ def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
 @pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
 @pytest.mark.usefixtures("two_threads")
 def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
-    step, first = Adam.step, os.getpid()
+    move, first = Adam.move, os.getpid()
 
     def die(*arguments) -> None:
         if os.getpid() != first:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(*arguments)
+        move(*arguments)
 
-    monkeypatch.setattr(Adam, "step", die)
+    monkeypatch.setattr(Adam, "move", die)
     latents = np.stack([smooth_latent(4, 8, 8, seed) for seed in range(2)])
     with pytest.raises(MemoryError, match="killed"):
         encode_latents(latents, [(64, 64)] * 2, "sd1", Rate(0.5), preset="quick")
@@ -426,6 +427,31 @@ def test_bad_images_and_choices() -> None:
 def test_cuda() -> None:
     latent = smooth_latent(4, 24, 32)
     assert error(coded(latent, device="cuda"), latent) == pytest.approx(error(coded(latent), latent), rel=0.2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_a_cuda_graph_trains_as_launches_do(monkeypatch) -> None:
+    """Candidates, uniform noise and hard rounding with Adam, and soft rounding with SOAP.
+
+    For a few iterations: float sums differ from run to run, and after more of them the functions do.
+    """
+    targets = torch.from_numpy(np.stack([smooth_latent(4, 24, 32, seed) for seed in range(2)])).cuda()
+    paper = tuple(replace(stage, iterations=20) for stage in PRESETS["paper"].stages)
+    soft = replace(PRESETS["fast"].stages[0], iterations=20)
+    for preset in (
+        replace(PRESETS["paper"], warm_up=(WarmUp(2, 10),), stages=paper),
+        replace(PRESETS["fast"], stages=(soft,)),
+    ):
+        results = []
+        for captured_from in (10, 10**9):
+            monkeypatch.setattr(loop, "CAPTURED_FROM", captured_from)
+            trainer = loop._Trainer(LatentError(targets), [0.5, 0.5], [64 * 24 * 32] * 2, preset, None, "cuda", None)
+            state = trainer.best_start(0)
+            for stage in preset.stages:
+                trainer.train(state, stage, "", stage.iterations)
+            results.append((state.packed, state.vectors))
+        for captured, launched in zip(*results, strict=True):
+            assert (captured - launched).square().mean().sqrt() < 1e-3
 
 
 def test_photo_of_real_size_with_real_weights(shared) -> None:

@@ -64,7 +64,7 @@ class Distortion(Protocol):
     moves: bool
 
     def look(self, latents: Tensor, owners: Sequence[int]) -> None:
-        """Moves the targets, where they move, for the latents (batch, C, h, w) that the functions have come to."""
+        """Moves the targets in place, where they move, for the latents (batch, C, h, w) that functions have come to."""
 
 
 class LatentError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +18,12 @@ from clric_decoder.bitstream import Architecture
 from clric_decoder.context import MAX_VALUE
 from clric_decoder.networks import Parameters
 
-from ..model.backends import TORCH, Networks, backend_for
+from ..model.backends import TORCH, Networks, Scalar, backend_for
 from ..model.function import Packing, Synthesis, grid_bits
 from ..model.grid_layout import GridLayout
 from ..network_quantization import as_networks, quantize_networks
 from . import process_pool
+from .cuda_graph import CudaGraph
 from .distortion import Distortion, ImageDistortion, LatentError
 from .optimizers import Adam, Soap
 from .presets import Preset, Stage
@@ -30,6 +31,7 @@ from .rate_control import GOAL, HIGHEST, IMAGE, LATENT, LOWEST, MIN_FILL, RateCo
 from .rounding import add_uniform_noise, round_straight_through
 
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
+CAPTURED_FROM = 50  # the fewest iterations that are worth the capture of a CUDA graph
 CONTROLS = 100  # corrections of lambda in a stage, for a target
 NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is looked at, for a target
 
@@ -438,10 +440,12 @@ class _Trainer:
 
     def train(self, state: _State, stage: Stage, name: str, iterations: int) -> None:
         """Some iterations of a stage; `state` is changed in place."""
-        pixels = self.pixels[state.owners]
+        owners = torch.tensor(state.owners, device=self.device)
+        pixels = self.pixels[owners]
         noise = _Noise(state, stage.rounding, self.layout.mask.shape)
-        grad_packed, grad_vectors = torch.empty_like(state.packed), torch.empty_like(state.vectors)
-        networks, grad_networks = self.packing.split(state.vectors), self.packing.split(grad_vectors)
+        networks = self.packing.split(state.vectors)
+        eager = self.iteration(state, stage, owners)
+        iterate = CudaGraph(eager) if self.device.type == "cuda" and iterations >= CAPTURED_FROM else eager
         pause = max(1, stage.iterations // CONTROLS)
         for iteration in range(iterations):
             position = iteration / stage.iterations
@@ -450,32 +454,16 @@ class _Trainer:
             check_networks = int(NETWORK_BITS_CHECK_AT * stage.iterations)
             if self.control is not None and iteration == check_networks and not stage.fixed:
                 self.control.know_networks(self.quantize(state, refined=False))
-            rate_weights = self.lmbdas[state.owners] / pixels
-            if stage.rounding == "hard":
-                rounded, slope = round_straight_through(state.packed)
-            elif stage.rounding == "uniform":
-                rounded, slope = add_uniform_noise(state.packed, noise.draw())
-            else:
-                temperature, sigma = _linear(stage.temperature, position), _linear(stage.sigma, position)
-                rounded, slope = self.backend.soft_round_with_noise(state.packed, noise.draw(), temperature, sigma)
-            rounded *= self.layout.mask
-            torch.mul(self.packing.bits_gradient(state.vectors), rate_weights[:, None], out=grad_vectors)
-            grad_packed.zero_()
-            counted = grid_bits(rounded, networks, self.architecture, self.layout, rate_weights)
-            synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
-            if stage.look_every and iteration % stage.look_every == 0:
-                self.distortion.look(synthesis.latents, state.owners)
-            errors = synthesis.latents - self.distortion.targets[state.owners]
-            distortions = errors.square().mean((1, 2, 3))
-            synthesis.backward(errors.mul_(2 / errors[0].numel()), grad_networks, grad_packed)
-            counted.backward(grad_networks, grad_packed)  # last, as it may have been computed meanwhile
-            bits = counted.bits
-            grad_packed *= self.layout.mask
-            if slope is not None:
-                grad_packed *= slope
-            state.grid_optimizer.step(state.packed, grad_packed, _cosine(stage.grid_rate, position))
+            rate_weights = self.lmbdas[owners] / pixels
+            scalars = [_linear(stage.temperature, position), _linear(stage.sigma, position)]
+            scalars += state.grid_optimizer.advance(_cosine(stage.grid_rate, position))
             if not stage.fixed:
-                state.network_optimizer.step(state.vectors, grad_vectors, _cosine(stage.network_rate, position))
+                scalars += state.network_optimizer.advance(_cosine(stage.network_rate, position))
+            changing = rate_weights, noise.draw(), self.backend.scalars(scalars, self.device)
+            if stage.look_every and iteration % stage.look_every == 0:
+                distortions, bits = eager(*changing, look=True)
+            else:
+                distortions, bits = iterate(*changing)
             if iteration % REPORT_EVERY == 0 or iteration + 1 == iterations:
                 state.losses = (distortions + rate_weights * bits).cpu()
                 self.last = Progress(
@@ -487,6 +475,46 @@ class _Trainer:
                 )
                 self.report(self.last)
         self.done += iterations * self.share(state)
+
+    def iteration(self, state: _State, stage: Stage, owners: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """What an iteration does to `state`, as a function of what changes from one to the next.
+
+        All else that it reads and writes are tensors that stay where they are, so that `CudaGraph` can replay it.
+        """
+        grad_packed, grad_vectors = torch.empty_like(state.packed), torch.empty_like(state.vectors)
+        networks, grad_networks = self.packing.split(state.vectors), self.packing.split(grad_vectors)
+
+        def iterate(
+            rate_weights: torch.Tensor, noise: torch.Tensor, scalars: Iterable[Scalar], look: bool = False
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """scalars: temperature, sigma, and the optimisers' lengths and epsilons. Gives distortions and bits."""
+            temperature, sigma, *steps = scalars
+            if stage.rounding == "hard":
+                rounded, slope = round_straight_through(state.packed)
+            elif stage.rounding == "uniform":
+                rounded, slope = add_uniform_noise(state.packed, noise)
+            else:
+                rounded, slope = self.backend.soft_round_with_noise(state.packed, noise, temperature, sigma)
+            rounded *= self.layout.mask
+            torch.mul(self.packing.bits_gradient(state.vectors), rate_weights[:, None], out=grad_vectors)
+            grad_packed.zero_()
+            counted = grid_bits(rounded, networks, self.architecture, self.layout, rate_weights)
+            synthesis = Synthesis(rounded, networks, self.architecture, self.layout)
+            if look:
+                self.distortion.look(synthesis.latents, state.owners)
+            errors = synthesis.latents - self.distortion.targets[owners]
+            distortions = errors.square().mean((1, 2, 3))
+            synthesis.backward(errors.mul_(2 / errors[0].numel()), grad_networks, grad_packed)
+            counted.backward(grad_networks, grad_packed)  # last, as it may have been computed meanwhile
+            grad_packed.mul_(self.layout.mask)
+            if slope is not None:
+                grad_packed.mul_(slope)
+            state.grid_optimizer.move(state.packed, grad_packed, *steps[:2])
+            if not stage.fixed:
+                state.network_optimizer.move(state.vectors, grad_vectors, *steps[2:])
+            return distortions, counted.bits
+
+        return iterate
 
     def share(self, state: _State) -> int:
         """Candidates that are trained for each latent."""
@@ -559,14 +587,19 @@ class _Trainer:
 
 
 class _Noise:
-    """Random numbers for the functions of a state: windows of a pool that is drawn once, as drawing takes long."""
+    """Random numbers for the functions of a state: windows of a pool that is drawn once, as drawing takes long.
+
+    Zeros for hard rounding.
+    """
 
     POOL = 16  # packed grids
 
     def __init__(self, state: _State, rounding: str, shape: torch.Size) -> None:
-        if rounding != "hard":
+        count = self.POOL * shape.numel()
+        if rounding == "hard":
+            self._pool = state.packed.new_zeros(()).expand(len(state.packed), count)
+        else:
             draw = torch.rand if rounding == "uniform" else torch.randn
-            count = self.POOL * shape.numel()
             pools = [draw(count, generator=generator, device=generator.device) for generator in state.generators]
             self._pool = torch.stack(pools)
         self._shape = shape

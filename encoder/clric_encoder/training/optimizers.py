@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from clric_decoder.networks import Group
 
-from ..model.backends import SoapState, backend_for
+from ..model.backends import Scalar, SoapState, backend_for
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,8 +37,15 @@ class Adam:
 
     def step(self, values: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:
         """Moves the values against the gradient."""
+        self.move(values, gradient, *self.advance(rate))
+
+    def advance(self, rate: float) -> tuple[float, float]:
+        """The part of a step that a CUDA graph cannot replay: counts it, and gives what `move` needs to know of it."""
         self._steps += 1
-        length, epsilon = self._scales(rate)
+        return self._scales(rate)
+
+    def move(self, values: torch.Tensor, gradient: torch.Tensor, length: Scalar, epsilon: Scalar) -> None:
+        """The other part, on tensors that stay where they are."""
         mean, square = self._state
         backend_for(values.device).adam(values, gradient, mean, square, self._betas, length, epsilon)
 
@@ -80,19 +87,22 @@ class Soap(Adam):
             assert basis is not None
             basis.diagonal(dim1=1, dim2=2).fill_(1)
 
-    def step(self, values: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:
-        """As `Adam.step`."""
-        self._steps += 1
-        length, epsilon = self._scales(rate * min(1, self._steps / RISE))
-        mean, square, covariances, bases = self._state
-        state = SoapState(mean, square, covariances, bases, self._table)
-        backend_for(values.device).soap(values, gradient, state, self._betas, COVARIANCE_BETA, length, epsilon)
-        if self._steps % TURN_EVERY == 0:
+    def advance(self, rate: float) -> tuple[float, float]:
+        """As `Adam.advance`; turns the bases after every so many steps."""
+        if self._steps and self._steps % TURN_EVERY == 0:
             for place, side in self._sides():
-                covariance, basis = (state.matrix(matrices, place, side) for matrices in self._state[2:])
+                covariance, basis = (SoapState.matrix(matrices, place, side) for matrices in self._state[2:])
                 assert covariance is not None
                 assert basis is not None
                 basis.copy_(torch.linalg.eigh(covariance.double()).eigenvectors)
+        self._steps += 1
+        return self._scales(rate * min(1, self._steps / RISE))
+
+    def move(self, values: torch.Tensor, gradient: torch.Tensor, length: Scalar, epsilon: Scalar) -> None:
+        """As `Adam.move`."""
+        mean, square, covariances, bases = self._state
+        state = SoapState(mean, square, covariances, bases, self._table)
+        backend_for(values.device).soap(values, gradient, state, self._betas, COVARIANCE_BETA, length, epsilon)
 
     def _sides(self) -> Iterator[tuple[int, int]]:
         """Where each square matrix begins, and its side."""

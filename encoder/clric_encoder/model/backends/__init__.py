@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from clric_decoder.context import MAX_ACTIVATION, UNIT
@@ -18,6 +18,9 @@ from clric_decoder.entropy import SCALE_ZERO, SCALES
 from ..grid_layout import GridLayout
 
 Networks = dict[str, torch.Tensor]
+
+# A number that changes from one iteration to the next, as a backend's `scalars` gives it
+Scalar = float | torch.Tensor
 
 LOG_SCALE_LOW = -SCALE_ZERO / 8
 LOG_SCALE_HIGH = (SCALES - 1 - SCALE_ZERO) / 8
@@ -80,7 +83,8 @@ class Backend(Protocol):
     GridBits: Callable[..., GridBits]
     Upsampled: Callable[[torch.Tensor, torch.Tensor, GridLayout], Upsampled]
     Convolved: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Convolved]
-    soft_round_with_noise: Callable[[torch.Tensor, torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor]]
+    scalars: Callable[[Sequence[float], torch.device], Any]
+    soft_round_with_noise: Callable[[torch.Tensor, torch.Tensor, Scalar, Scalar], tuple[torch.Tensor, torch.Tensor]]
     adam: Callable[..., None]
     soap: Callable[..., None]
     threads: Callable[..., AbstractContextManager[None]]

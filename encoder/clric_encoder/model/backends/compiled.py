@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from clric_decoder.bitstream import Architecture
@@ -25,7 +25,7 @@ from . import (
 )
 from .kernels import adam, soft_round_with_noise
 
-__all__ = ["Convolved", "GridBits", "Upsampled", "adam", "soap", "soft_round_with_noise", "threads"]
+__all__ = ["Convolved", "GridBits", "Upsampled", "adam", "scalars", "soap", "soft_round_with_noise", "threads"]
 
 
 def Upsampled(packed: torch.Tensor, taps: torch.Tensor, layout: GridLayout) -> kernels.Upsampled:
@@ -94,6 +94,11 @@ class GridBits:
         parts = grad_weights.split([shape[1:].numel() for shape in self._shapes], 1)
         for layer, part in enumerate(parts):
             grad_networks[f"arm.weight{layer}"] += part.view(self._shapes[layer])
+
+
+def scalars(values: Sequence[float], device: torch.device) -> Sequence[float]:
+    """As `torch_operations.scalars`, but Python's numbers as they are: there is no graph to bring them to."""
+    return values
 
 
 def soap(

@@ -3,13 +3,17 @@
 Tensors are small (some 30,000 values for 768x512), so that time goes by the number of operations and by the memory that
 they touch, rather than by arithmetic. Operations are therefore few and large, and gradients are written out instead of
 left to autograd: classes compute on construction and keep what their `backward` needs.
+
+A CUDA device replays an iteration as a graph (`training.cuda_graph`), which repeats the Python numbers that it was
+captured with. What changes from one iteration to the next is therefore a tensor (`scalars`), and nothing here may wait
+for the device or have a shape that depends on its values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +28,7 @@ from . import (
     LOG_SCALE_LOW,
     SMALLEST_PROBABILITY,
     Networks,
+    Scalar,
     SoapState,
     arm_matrices,
     depthwise_as_batch,
@@ -233,8 +238,14 @@ def _fold(padded: torch.Tensor, margin: int, width: int) -> torch.Tensor:
     return torch.ops.aten.replication_pad2d_backward(padded, inner, [margin] * 4)
 
 
+def scalars(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor (count,), to be unpacked to tensors without dimensions."""
+    # From pinned memory, the only one that a CUDA device copies from without being waited for
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def soft_round_with_noise(
-    values: torch.Tensor, noise: torch.Tensor, temperature: float, sigma: float
+    values: torch.Tensor, noise: torch.Tensor, temperature: Scalar, sigma: Scalar
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Soft rounding, Gaussian noise of deviation `sigma`, soft rounding again (Cool-Chic 5, after C3).
 
@@ -242,13 +253,14 @@ def soft_round_with_noise(
     temperatures and rounding for low ones: floor(x) + 1/2 + tanh((x - floor(x) - 1/2) / t) / (2 tanh(1 / (2 t))).
     """
     # tanh(x) as 2 / (1 + e^-2x) - 1: torch's sigmoid is four times as fast
-    height = 1 / math.tanh(0.5 / temperature)
+    temperature, sigma = (torch.as_tensor(scalar, device=values.device) for scalar in (temperature, sigma))
+    height = 1 / torch.tanh(0.5 / temperature)
     floor = values.floor()
     first = (values - floor).sub_(0.5).mul_(2 / temperature).sigmoid_()
-    once = floor.add_(first, alpha=height).add_(0.5 - 0.5 * height).add_(noise, alpha=sigma)
+    once = floor.addcmul_(first, height).add_(0.5 - 0.5 * height).addcmul_(noise, sigma)
     floor = once.floor()
     second = once.sub_(floor).sub_(0.5).mul_(2 / temperature).sigmoid_()
-    twice = floor.add_(second, alpha=height).add_(0.5 - 0.5 * height)
+    twice = floor.addcmul_(second, height).add_(0.5 - 0.5 * height)
     slope = first.mul_(1 - first).mul_(second).mul_(1 - second).mul_((2 * height / temperature) ** 2)
     return twice, slope
 
@@ -259,13 +271,13 @@ def adam(
     mean: torch.Tensor,
     square: torch.Tensor,
     betas: tuple[float, float],
-    length: float,
-    epsilon: float,
+    length: Scalar,
+    epsilon: Scalar,
 ) -> None:
     """A step of `training.optimizers.Adam`: moments and values change in place."""
     mean.lerp_(gradient, 1 - betas[0])
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    values.addcdiv_(mean, square.sqrt().add_(epsilon), value=-length)
+    values.sub_((mean / square.sqrt().add_(epsilon)).mul_(length))
 
 
 def soap(
@@ -274,8 +286,8 @@ def soap(
     state: SoapState,
     betas: tuple[float, float],
     covariance_beta: float,
-    length: float,
-    epsilon: float,
+    length: Scalar,
+    epsilon: Scalar,
 ) -> None:
     """A step of `training.optimizers.Soap`: moments, covariances and values change in place."""
     state.mean.lerp_(gradient, 1 - betas[0])
@@ -291,7 +303,7 @@ def soap(
             moved = left_basis @ moved
         if right_basis is not None:
             moved = moved @ right_basis.transpose(1, 2)
-        values[:, own].sub_(moved.flatten(1), alpha=length)
+        values[:, own].sub_(moved.flatten(1) * length)
         left_covariance = state.matrix(state.covariances, left, rows)
         right_covariance = state.matrix(state.covariances, right, columns)
         if left_covariance is not None:
