@@ -122,6 +122,8 @@ export function parse(data, { maxPixels = MAX_PIXELS, partial = false } = {}) {
     function: functionNumber,
   };
   if (partial) return { header, architecture, segments: null };
+  header.bytes = bytes.length;
+  header.bpp = (8 * bytes.length) / (width * height);
 
   const segment = (name, length) => {
     const left = reader.end - reader.at;
