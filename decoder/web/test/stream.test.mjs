@@ -64,6 +64,11 @@ test("a file that is not clric is not downloaded to its end", async (context) =>
   assert.ok(cancelled);
 });
 
+test("pages rendered on a server can import the element and the polyfill", async () => {
+  await import("../src/element.js");
+  await import("../src/polyfill.js");
+});
+
 test("the limit of pixels is the caller's", () => {
   assert.throws(() => decodeLatent(sample, { maxPixels: 127 }), { name: "ClricError", code: "limit" });
   assert.equal(decodeLatent(sample, { maxPixels: 128 }).width, 2);
