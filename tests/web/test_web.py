@@ -24,9 +24,18 @@ def test_bytes_to_latent_in_node() -> None:
     node_tests("test/stream.test.mjs")
 
 
+def need_packages() -> None:
+    if not (WEB / "node_modules").exists():
+        pytest.skip(f"{WEB / 'node_modules'} is missing: npm ci --ignore-scripts in {WEB}")
+
+
+def test_the_package_with_a_bundler_and_typescript() -> None:
+    need_packages()
+    node_tests("test/package.test.mjs")
+
+
 def test_the_package_in_chromium() -> None:
     if not Path(CHROMIUM).exists():
         pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium, or set CHROMIUM")
-    if not (WEB / "node_modules").exists():
-        pytest.skip(f"{WEB / 'node_modules'} is missing: npm ci --ignore-scripts in {WEB}")
+    need_packages()
     node_tests("test/browser.test.mjs")

@@ -9,12 +9,11 @@ const number = (value) => value.toLocaleString("en");
 const fill = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
 
 /** Waits until an image or a clric-image is shown; rejects where it cannot be. */
-function shown(image) {
-  if (image.complete && image.naturalWidth && !image.error) return Promise.resolve();
-  return new Promise((resolve, reject) => {
-    image.addEventListener("load", resolve, { once: true });
-    image.addEventListener("error", (event) => reject(new Error(event.message ?? "it cannot be shown")), { once: true });
-  });
+async function shown(image) {
+  if (!image.complete) {
+    await new Promise((resolve) => ["load", "error"].forEach((type) => image.addEventListener(type, resolve, { once: true })));
+  }
+  if (!image.naturalWidth) throw image.error ?? new Error("the image cannot be shown");
 }
 
 /** One photo with its slider. */
@@ -57,12 +56,13 @@ function comparison(photo) {
     dt.textContent = term;
     dd.textContent = text;
   };
-  const describe = async () => {
+  const describeClric = async () => {
     await shown(clric);
     const { latent, image } = clric.timings;
     const bpp = ((8 * photo.clric.bytes) / (photo.width * photo.height)).toFixed(3);
     fact("clric", `${number(photo.clric.bytes)} bytes, ${bpp} bpp; ${latent.toFixed(0)} + ${image.toFixed(0)} ms`);
-    if (!photo.avif) return;
+  };
+  const describeAvif = async () => {
     const file = await (await fetch(`made/${photo.avif.file}`)).blob();
     const start = performance.now();
     (await createImageBitmap(file)).close();
@@ -70,11 +70,15 @@ function comparison(photo) {
     const smallest = photo.avif.bytes > photo.clric.bytes ? ", the smallest there is" : "";
     fact("AVIF", `${number(photo.avif.bytes)} bytes${smallest}; ${time} ms`);
   };
-  return { figure, describe: () => describe().catch((error) => fact("clric", error.message)) };
+  const describe = async () => {
+    await describeClric().catch((error) => fact("clric", error.message));
+    if (photo.avif) await describeAvif().catch((error) => fact("AVIF", error.message));
+  };
+  return { figure, describe };
 }
 
 /** A photo, its 500 bytes, and its ThumbHash. */
-async function preview(photo) {
+function preview(photo) {
   const figure = fill("preview");
   const [original, blurred] = figure.querySelectorAll("img");
   const clric = figure.querySelector("clric-image");
@@ -90,12 +94,15 @@ async function preview(photo) {
   clric.alt = `${photo.name}, clric in ${photo.preview.bytes} bytes`;
   bytes.textContent = `clric, ${photo.preview.bytes} bytes`;
   document.getElementById("previews").append(figure);
-  await shown(original);
-  const hash = thumbHash(original);
-  blurred.src = thumbHashToDataURL(hash);
-  blurred.style.aspectRatio = `${photo.width} / ${photo.height}`; // its own is rounded
-  blurred.alt = `${photo.name}, ThumbHash`;
-  hashBytes.textContent = `ThumbHash, ${hash.length} bytes`;
+  const blur = async () => {
+    await shown(original);
+    const hash = thumbHash(original);
+    blurred.src = thumbHashToDataURL(hash);
+    blurred.style.aspectRatio = `${photo.width} / ${photo.height}`; // its own is rounded
+    blurred.alt = `${photo.name}, ThumbHash`;
+    hashBytes.textContent = `ThumbHash, ${hash.length} bytes`;
+  };
+  return blur().catch((error) => (hashBytes.textContent = `ThumbHash: ${error.message}`));
 }
 
 /** ThumbHash wants at most 100 pixels a side. */

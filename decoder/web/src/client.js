@@ -2,7 +2,7 @@
  * Decodes images in workers, as many at a time as the machine has cores to spare; in this thread where there are no
  * workers or a page's policy forbids them.
  */
-import { ClricError } from "./errors.js";
+import { ClricError, fail } from "./errors.js";
 import { decodeImage } from "./image.js";
 
 const MOST_WORKERS = Math.max(1, Math.min(4, Math.floor((globalThis.navigator?.hardwareConcurrency ?? 2) / 2)));
@@ -10,7 +10,18 @@ const workers = [];
 const waiting = [];
 let canWork = typeof Worker === "function" && typeof document === "object";
 
-const importOrt = () => import("onnxruntime-web/wasm");
+/** Inside `try`, so that bundlers only warn where this optional package is not installed. */
+async function importOrt() {
+  try {
+    return await import("onnxruntime-web/wasm");
+  } catch (error) {
+    return fail(
+      "model",
+      `an .onnx decoder needs onnxruntime-web (${error.message}); install it, or give the URL of its ` +
+        'ort.wasm.bundle.min.mjs as "ort"',
+    );
+  }
+}
 
 /** What `decodeImage` gives, computed in a worker. Errors are ClricError. */
 export function decodeAside(bytes, options = {}) {
@@ -31,7 +42,9 @@ function dispatch() {
       if (!worker) return;
     }
     worker.task = waiting.shift();
-    worker.port.postMessage({ id: 0, bytes: worker.task.bytes, options: worker.task.options });
+    // A copy: a view would be sent with all of the buffer it lies in, and the task may have to be decoded here after all.
+    const bytes = new Uint8Array(worker.task.bytes);
+    worker.port.postMessage({ id: 0, bytes, options: worker.task.options }, [bytes.buffer]);
   }
 }
 

@@ -74,7 +74,7 @@ export class RangeDecoder {
    */
   symbol(cum) {
     const u = this.rangeHigh;
-    if (this.valueHigh >= u) fail("payload", "a segment is damaged: its value is beyond the range");
+    if (this.valueHigh >= u) fail("payload", "a segment is damaged: value out of range");
     const high = Math.floor(u / 65536);
     const low = u - high * 65536;
     // The quotient in floating point is right but where it is within 2^-36 of an integer: the remainder decides.

@@ -42,7 +42,9 @@ async function readBody(response, onHeader) {
       waiting = false;
     } catch (error) {
       // A header that goes on in the next chunk; any other fault ends the download.
-      if (error.code !== "truncated") throw error;
+      if (error.code === "truncated") continue;
+      reader.cancel().catch(() => {});
+      throw error;
     }
   }
 }

@@ -54,7 +54,7 @@ class Reader {
       const byte = this.byte(name);
       value += (byte & 127) * 2 ** (7 * i);
       if (byte < 128) {
-        if (byte === 0 && i > 0) fail("field", `${name}: not written in as few bytes as it needs`);
+        if (byte === 0 && i > 0) fail("field", `${name}: the integer is not in its shortest form`);
         return value;
       }
     }
@@ -122,6 +122,8 @@ export function parse(data, { maxPixels = MAX_PIXELS, partial = false } = {}) {
     function: functionNumber,
   };
   if (partial) return { header, architecture, segments: null };
+  header.bytes = bytes.length;
+  header.bpp = (8 * bytes.length) / (width * height);
 
   const segment = (name, length) => {
     const left = reader.end - reader.at;
@@ -223,7 +225,7 @@ function readLayer(reader, before, inputs) {
   if (depthwise && outputs !== inputs) {
     fail("field", `${name}: depthwise with ${inputs} inputs and ${outputs} outputs`);
   }
-  if (residual > before.length) fail("field", `${name}: adds the input of a layer that is not there`);
+  if (residual > before.length) fail("field", `${name}: the residual refers to a missing layer`);
   const added = residual > 0 ? before[before.length - residual].inputs : inputs;
   if (residual >= 0 && added !== outputs) {
     fail("field", `${name}: ${outputs} channels, what it adds has ${added}`);

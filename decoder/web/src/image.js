@@ -17,7 +17,7 @@ const shippedDecoders = new Map();
 /**
  * Decodes a stream: {data: RGBA bytes, width, height, timings}, timings in milliseconds.
  *
- * `decoder` and `ort`: see onnx.js. `loadOrt` imports onnxruntime-web where no `ort` is given.
+ * `decoder` and `ort`: see onnx.js. `loadOrt` imports onnxruntime-web where no `ort` is given; workers always get one.
  */
 export async function decodeImage(bytes, { decoder, ort, maxPixels } = {}, loadOrt) {
   const start = performance.now();

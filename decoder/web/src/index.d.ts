@@ -1,7 +1,7 @@
 import type { StreamOptions } from "./latent.js";
 
 export { ClricError, MAX_PIXELS, decodeLatent, readHeader } from "./latent.js";
-export type { Header, Latent, StreamOptions } from "./latent.js";
+export type { Header, Latent, PartialHeader, StreamOptions } from "./latent.js";
 
 export interface DecodeOptions extends StreamOptions {
   /**

@@ -30,7 +30,8 @@ export function openDecoder(decoder, ort, loadOrt) {
 
 async function open(decoder, ort, loadOrt) {
   const { url, space, halo } = typeof decoder === "object" ? decoder : { url: decoder, ...(await readManifest(decoder)) };
-  const [runtime, file] = await Promise.all([importOrt(ort, loadOrt), download(url)]);
+  const [module, file] = await Promise.all([ort ? importOrt(ort) : loadOrt(), download(url)]);
+  const runtime = module.InferenceSession ? module : module.default;
   let session;
   try {
     session = await runtime.InferenceSession.create(file, { executionProviders: ["wasm"] });
@@ -52,16 +53,11 @@ async function readManifest(url) {
   }
 }
 
-async function importOrt(ort, loadOrt) {
+async function importOrt(ort) {
   try {
-    const module = await (ort ? import(/* @vite-ignore */ /* webpackIgnore: true */ ort) : loadOrt());
-    return module.InferenceSession ? module : module.default;
+    return await import(/* @vite-ignore */ /* webpackIgnore: true */ ort);
   } catch (error) {
-    fail(
-      "model",
-      `an .onnx decoder needs onnxruntime-web (${error.message}); install it, or give the URL of its ` +
-        'ort.wasm.bundle.min.mjs as "ort"',
-    );
+    return fail("model", `onnxruntime-web at ${ort} cannot be loaded (${error.message})`);
   }
 }
 

@@ -8,43 +8,78 @@
  */
 import { decodeAside } from "./client.js";
 import { fetchStream } from "./fetch.js";
+import { stopWaiting, whenNear } from "./lazy.js";
 
-const SELECTOR = "img[src*='.clric']";
 const ADDRESS = /\.clric(?=$|[?#])/i;
-/** <img> -> its download, whether its pixels have come, and the blob that it shows. */
+/** <img> -> its address, its download, whether all of it has ended, and the URL of the blob that it shows. */
 const states = new WeakMap();
 
-async function show(img) {
-  const address = img.src;
-  if (!ADDRESS.test(address)) return;
-  states.get(img)?.download.abort();
-  const state = { download: new AbortController(), done: false, url: null, placeholder: null, onEvent: () => {} };
+/** Takes an <img> whose `src` is the address of a clric image; decodes it now, or when it is near with loading="lazy". */
+function take(img) {
+  forget(img);
+  const state = {
+    address: img.src,
+    download: new AbortController(),
+    waiting: img.loading === "lazy",
+    ended: false,
+    url: null,
+    putBack: false,
+    onEvent: () => {},
+  };
   states.set(img, state);
   img.dataset.clricSrc = img.getAttribute("src");
+  if (state.waiting) whenNear(img, () => show(img, state));
+  else show(img, state);
+}
+
+async function show(img, state) {
+  state.waiting = false;
   try {
-    const bytes = await fetchStream(address, state.download.signal, ({ width, height }) => {
+    let placeholder = null;
+    const bytes = await fetchStream(state.address, state.download.signal, ({ width, height }) => {
       const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"/>`;
       put(img, state, new Blob([svg], { type: "image/svg+xml" }));
-      state.placeholder = new Promise((resolve) => (state.onEvent = resolve));
+      placeholder = new Promise((resolve) => (state.onEvent = resolve));
     });
     const image = await decodeAside(bytes);
-    await state.placeholder; // its event must not be taken for the image's
-    state.done = true;
+    await placeholder; // its event must not be taken for the image's
+    if (state.download.signal.aborted) return;
+    state.ended = true;
     put(img, state, bitmapFile(image));
   } catch (error) {
-    if (states.get(img) !== state) return;
-    state.done = true;
-    console.warn(`clric: ${address}: ${error.message}`);
+    if (state.download.signal.aborted) return;
+    state.ended = true;
+    console.warn(`clric: ${state.address}: ${error.message}`);
+    if (state.url) {
+      // The browser cannot show the file itself, and so shows `alt`.
+      URL.revokeObjectURL(state.url);
+      state.url = null;
+      state.putBack = true;
+      img.src = img.dataset.clricSrc;
+    }
     img.dispatchEvent(new ErrorEvent("error", { error, message: error.message }));
   }
 }
 
-/** Gives an <img> a file to show, unless its address has changed meanwhile. */
+/** Gives an <img> a file to show. */
 function put(img, state, file) {
-  if (states.get(img) !== state) return;
-  if (state.url) URL.revokeObjectURL(state.url);
+  URL.revokeObjectURL(state.url);
   state.url = URL.createObjectURL(file);
   img.src = state.url;
+}
+
+/** Ends what was begun for an <img>. What it shows stays: the browser needs no blob any more for that. */
+function release(img) {
+  const state = states.get(img);
+  if (!state) return;
+  stopWaiting(img);
+  state.download.abort();
+  URL.revokeObjectURL(state.url);
+}
+
+function forget(img) {
+  release(img);
+  if (states.delete(img)) delete img.dataset.clricSrc;
 }
 
 /** RGBA pixels as a BMP file of 24 bits: it takes no time to write, and every browser shows it. */
@@ -76,26 +111,47 @@ function hide(event) {
   const img = event.target;
   if (!(img instanceof HTMLImageElement) || !event.isTrusted) return;
   const state = states.get(img);
-  if (!ADDRESS.test(img.src) && state?.done !== false) return;
+  if (!ADDRESS.test(img.src) && state?.ended !== false) return;
   event.stopImmediatePropagation();
   if (img.src === state?.url) state.onEvent();
 }
 
-function showAll(root) {
-  if (root.matches?.(SELECTOR)) show(root);
-  for (const img of root.querySelectorAll?.(SELECTOR) ?? []) show(img);
+function images(node) {
+  if (node instanceof HTMLImageElement) return [node];
+  return node.querySelectorAll?.("img") ?? [];
 }
 
-document.addEventListener("load", hide, true);
-document.addEventListener("error", hide, true);
-new MutationObserver((changes) => {
-  for (const { type, target, addedNodes } of changes) {
-    if (type === "attributes") {
-      if (target.matches(SELECTOR)) show(target);
-      else if (target.src !== states.get(target)?.url) states.delete(target);
-    } else {
-      addedNodes.forEach(showAll);
+function onAdded(img) {
+  const state = states.get(img);
+  if (img.src !== (state?.url ?? state?.address)) onSource(img); // new, or changed while it was not in the document
+  else if (state.download.signal.aborted && !state.ended) img.src = img.dataset.clricSrc; // starts again
+}
+
+function onRemoved(img) {
+  if (!img.isConnected) release(img);
+}
+
+function onSource(img) {
+  const state = states.get(img);
+  if (state?.putBack) state.putBack = false;
+  else if (ADDRESS.test(img.src)) take(img);
+  else if (state && img.src !== state.url) forget(img);
+}
+
+function onLoading(img) {
+  if (states.get(img)?.waiting) take(img);
+}
+
+// Where a page is rendered on a server there is no document; the import must not fail there.
+if (globalThis.document) {
+  document.addEventListener("load", hide, true);
+  document.addEventListener("error", hide, true);
+  new MutationObserver((changes) => {
+    for (const { attributeName, target, addedNodes, removedNodes } of changes) {
+      if (attributeName && target instanceof HTMLImageElement) (attributeName === "src" ? onSource : onLoading)(target);
+      for (const node of removedNodes) images(node).forEach(onRemoved);
+      for (const node of addedNodes) images(node).forEach(onAdded);
     }
-  }
-}).observe(document, { subtree: true, childList: true, attributes: true, attributeFilter: ["src"] });
-showAll(document);
+  }).observe(document, { subtree: true, childList: true, attributes: true, attributeFilter: ["src", "loading"] });
+  images(document).forEach(onAdded);
+}

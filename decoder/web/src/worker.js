@@ -3,11 +3,9 @@
  */
 import { decodeImage } from "./image.js";
 
-const noOrt = () => Promise.reject(new Error('a worker needs the option "ort"'));
-
 addEventListener("message", async ({ data: { id, bytes, options } }) => {
   try {
-    const image = await decodeImage(bytes, options, noOrt);
+    const image = await decodeImage(bytes, options);
     postMessage({ id, image }, { transfer: [image.data.buffer] });
   } catch ({ name, code, message }) {
     postMessage({ id, error: { name, code, message } });

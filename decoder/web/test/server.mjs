@@ -1,6 +1,6 @@
 /**
  * A server of files for the tests and for `make web`: `folders` maps the beginnings of addresses to folders. With
- * `policy`, it sends that content security policy. A file whose address ends with `slow` comes in two parts.
+ * `policy`, it sends that content security policy. A file whose address ends with ?slow comes in two parts.
  */
 import { createServer } from "node:http";
 import { readFile } from "node:fs/promises";
@@ -20,7 +20,7 @@ const TYPES = {
   ".avif": "image/avif",
 };
 
-export async function serve(folders, { port = 0, policy, pages = {}, slow = "?" } = {}) {
+export async function serve(folders, { port = 0, policy, pages = {} } = {}) {
   const requests = [];
   const server = createServer(async (request, response) => {
     const { pathname } = new URL(request.url, "http://localhost");
@@ -33,7 +33,7 @@ export async function serve(folders, { port = 0, policy, pages = {}, slow = "?" 
       const body = page ?? (await readFile(locate(folders, decodeURIComponent(pathname))));
       headers["content-type"] = page ? TYPES[".html"] : (TYPES[extname(pathname)] ?? "application/octet-stream");
       response.writeHead(200, headers);
-      if (pathname.endsWith(slow)) {
+      if (request.url.endsWith("?slow")) {
         response.write(body.subarray(0, 100));
         await new Promise((resolve) => setTimeout(resolve, 400));
         response.end(body.subarray(100));

@@ -5,6 +5,7 @@ import { readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { table } from "../src/entropy.js";
+import { fetchStream } from "../src/fetch.js";
 import { decodeLatent, readHeader } from "../src/latent.js";
 import { bigEndian, runSuite, sha256 } from "./suite.js";
 
@@ -45,10 +46,27 @@ test("an ArrayBuffer, a Uint8Array and a view into a larger buffer decode alike"
 });
 
 test("the header says size and latent space, also from the first bytes alone", () => {
-  const { width, height, space } = readHeader(sample);
+  const { width, height, space, bytes, bpp } = readHeader(sample);
   assert.deepEqual({ width, height, space }, { width: 16, height: 8, space: "sd1" });
+  assert.deepEqual({ bytes, bpp }, { bytes: sample.length, bpp: (8 * sample.length) / 128 });
   assert.equal(readHeader(sample.subarray(0, 25), { partial: true }).width, 16);
   assert.throws(() => readHeader(sample.subarray(0, 25)), { code: "checksum" });
+});
+
+test("a file that is not clric is not downloaded to its end", async (context) => {
+  let cancelled = false;
+  const body = new ReadableStream({
+    start: (controller) => controller.enqueue(new TextEncoder().encode("<!doctype html>")),
+    cancel: () => (cancelled = true),
+  });
+  context.mock.method(globalThis, "fetch", async () => new Response(body));
+  await assert.rejects(fetchStream("photo.clric", undefined, () => {}), { code: "magic" });
+  assert.ok(cancelled);
+});
+
+test("pages rendered on a server can import the element and the polyfill", async () => {
+  await import("../src/element.js");
+  await import("../src/polyfill.js");
 });
 
 test("the limit of pixels is the caller's", () => {
