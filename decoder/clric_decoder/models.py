@@ -151,7 +151,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
 # space and number, the name and the SHA-256 of the ONNX file. New weights get a new number.
 IMAGE_DECODERS: dict[str, dict[int, tuple[str, str]]] = {
     "sd1": {1: ("lite", "e184c717f4daafb03bcfbad44cdcc2d9f13ee2ffe6aa2d230933f34c330c0a45")},
-    "clric": {1: ("small", "53fa28bb7a886ecf0ebbcf4d3d7faaa222a9836f55b0f4dbe295aa4ddc1e5dce")},
+    "clric": {1: ("small", "4dbbc28b086a2b5a667d7c5292041ac6349f970b6d7744133c50a0c236803bdb")},
 }
 
 # The encoders of kind tiny and lite: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image's size, and channels.

@@ -368,7 +368,7 @@ BIT_TABLE = [0, 32_768, 65_536]
 SHA256 = {  # appendix A
     "D": "64d2023892120916b88bbe3ad7c85f3420e07acccd845473e73fc807d752754f",
     "all tables": "89a6455576c7adfd5dc2722bd73d538e3d2b86e821a7f20759b8113919220db6",
-    "registered_networks.json": "c061b28beef164b73722ee33fd9b5de916fadc4b73662ed4ec302b847c1ca2e1",
+    "registered_networks.json": "1bc841b3524058e77e1f5ff8f1225db99f5e32291fa49e72456b10713fc713ba",
 }
 
 
