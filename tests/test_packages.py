@@ -23,6 +23,8 @@ PACKAGES = {
     "clric_export": ROOT / "export/clric_export",
 }
 
+COMMANDS = ["clric-enc", "clric-dec", "clric-bench", "clric-export"]
+
 # What each package must not import, at the top of a file or anywhere in it.
 SERVER = {"torch", "torchvision", "diffusers", "onnx", "scipy"}
 FORBIDDEN = {
@@ -197,7 +199,22 @@ def test_what_the_base_wheel_lacks_is_named_in_python(
     assert not (tmp_path / "new.clric").exists()
 
 
-@pytest.mark.parametrize("command", ["clric-enc", "clric-dec", "clric-bench", "clric-export"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_its_version(run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str) -> None:
     result = run(command, "--version")
     assert (result.returncode, result.stdout.decode()) == (0, f"{command} {version('clric')}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_short_name(run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str) -> None:
+    result = run(command, "-h")
+    assert (result.returncode, result.stdout) == (0, run(command, "--help").stdout)
+
+
+@pytest.mark.parametrize("command", ["clric-bench", "clric-export"])
+def test_a_group_without_a_command_prints_its_help(
+    run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str
+) -> None:
+    result = run(command)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr == run(command, "--help").stdout

@@ -20,10 +20,10 @@ from clric_decoder.errors import ClricError
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import (
     IMAGE_SUFFIXES,
-    check_new,
     choose_outputs,
     list_inputs,
     print_error,
+    print_existing,
     printable,
     run_command,
     split_output,
@@ -176,7 +176,7 @@ def command(
             json_lines=json,
             quiet=quiet,
         )
-    images, output = split_output(images, output, (".clric",))
+    images, output = split_output(images, output, IMAGE_SUFFIXES, (".clric",))
     to_folder = any(map(os.path.isdir, images))
     images = list_inputs(images, IMAGE_SUFFIXES)
     outputs = choose_outputs(images, output, ".clric", to_folder=to_folder, any_suffix=force)
@@ -188,21 +188,23 @@ def command(
     settings = Settings(rate, vae, preset, tune, lpips, device, seed, models, strip)
     jobs = list(zip(images, outputs.places, strict=True))
     failures: list[tuple[str, str]] = []
+    existing: list[tuple[str, str]] = []
     records = None
     if not outputs.named:
         records = Records(settings.of_streams(), create=to_folder or len(images) > 1 or output is not None)
         if not force:
-            jobs, failures, skipped = _to_do(jobs, records)
+            jobs, existing, skipped = _to_do(jobs, records)
             if skipped and not quiet:
                 print_error(NAME, f"skipped {skipped} up-to-date file{'s' * (skipped > 1)}; --force re-encodes")
     with _live_view(len(jobs), show=bool(jobs) and not quiet, verbose=verbose) as view:
         try:
             _Run(BatchEncoder(settings), records, view, failures, json, quiet).encode(jobs)
-            code = 1 if failures else 0
+            code = 1 if failures or existing else 0
         except KeyboardInterrupt:
             code = 130
         except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
             code = 1
+    print_existing(NAME, existing)
     for source, message in failures:
         print_error(NAME, message, source)
     return code
@@ -219,20 +221,18 @@ def _encode_with_ray(images: Sequence[str], output: str, **arguments: Any) -> in
 
 
 def _to_do(jobs: list[tuple[str, str]], records: Records) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
-    """Of images and places of their streams: those to encode, images with an error, and how many are up to date."""
-    to_do, failures, skipped = [], [], 0
+    """Of images and places of their streams: those to encode, those with another file there, and how many are up to
+    date."""
+    to_do, existing, skipped = [], [], 0
     for source, place in jobs:
         state = records.state(source, place)
         if state == "up to date":
             skipped += 1
-            continue
-        try:
-            if state == "unknown":
-                check_new(place)
+        elif state == "unknown":
+            existing.append((source, place))
+        else:
             to_do.append((source, place))
-        except ClricError as error:
-            failures.append((source, str(error)))
-    return to_do, failures, skipped
+    return to_do, existing, skipped
 
 
 @dataclass

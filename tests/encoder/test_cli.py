@@ -50,17 +50,18 @@ def test_one_pixel_through_pipes(run: Run) -> None:
 
 def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "a\x1b[31m.png", 8, 8)
+    (tmp_path / "b\nc.png").write_text("text")
     result = run("clric-enc", "a\x1b[31m.png", "b\nc.png", "--preset", "fast")
     lines = result.stderr.decode().splitlines()
     assert lines[0].startswith("a\\x1b[31m.png -> a\\x1b[31m.clric: ")
-    assert lines[1:] == ["clric-enc: b\\x0ac.png: No such file or directory"]
+    assert lines[1:] == ["clric-enc: b\\x0ac.png: unsupported or unrecognised image format"]
 
 
 def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("just some text\n")
     write_photo(tmp_path / "photo.png")
     result = run("clric-enc", "text.png", "photo.png", "--json", "--quality", "20")
-    assert_one_line(result, 1, "text.png: not an image")
+    assert_one_line(result, 1, "text.png: unsupported or unrec")
     names = sorted(entry.name for entry in tmp_path.iterdir())
     assert names == [".clric-settings.json", "photo.clric", "photo.png", "text.png"]
     facts = json.loads(result.stdout)
@@ -126,7 +127,7 @@ def test_images_of_one_size_are_trained_together_and_the_error_is_last(run: Run,
     result = run("clric-enc", "in", "-o", "out", "--preset", "fast")
     lines = result.stderr.decode().splitlines()
     assert result.returncode == 1
-    assert lines[-1].startswith("clric-enc: in/bad.png: not an image")
+    assert lines[-1].startswith("clric-enc: in/bad.png: unsupported or unrec")
     assert [line.split(" -> ")[0] for line in lines[:-1]] == ["in/0.png", "in/2.png", "in/1.png"]
     streams = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.clric")}
     assert sorted(streams) == ["0.clric", "1.clric", "2.clric"]
@@ -165,6 +166,13 @@ def test_a_folder_is_encoded_once_and_what_has_changed_again(run: Run, tmp_path:
         "clric-enc: in/0.png: out/0.clric exists; overwrite it with --force, or name the output with -o"
     )
     assert (tmp_path / "out/0.clric").read_bytes() == b"the only copy"
+    (tmp_path / "out/1.clric").write_bytes(b"the only copy")
+    result = run("clric-enc", *arguments)
+    lines = result.stderr.decode().splitlines()
+    assert (result.returncode, lines[-2]) == (
+        1,
+        "clric-enc: 2 outputs exist; overwrite them with --force, or choose a folder with -o",
+    )
 
 
 def test_a_name_that_nobody_gave_replaces_no_file(run: Run, tmp_path: Path) -> None:
@@ -185,9 +193,9 @@ def test_a_stream_replaces_nothing_of_another_suffix(run: Run, tmp_path: Path) -
     keep = write_photo(tmp_path / "keep.png")
     before = keep.read_bytes()
     quick = ["photo.png", "--preset", "instant"]
-    assert_one_line(run("clric-enc", *quick, "-o", "keep.png"), 2, "keep.png does not end in .clric", "--force")
+    assert_one_line(run("clric-enc", *quick, "-o", "keep.png"), 2, "keep.png: the output does not end in .clric", "--force")
     assert keep.read_bytes() == before
-    assert_one_line(run("clric-enc", *quick, "-o", "photo.png", "--force"), 2, "is an input")
+    assert_one_line(run("clric-enc", *quick, "-o", "photo.png", "--force"), 2, "is also an input")
     assert photo.read_bytes() == before
     assert run("clric-enc", *quick, "-o", "keep.png", "--force").returncode == 0
     assert read_header(keep.read_bytes()).width == 24
@@ -207,6 +215,33 @@ def test_input_and_output_as_other_codecs_have_them(run: Run, tmp_path: Path) ->
     # Two images are two inputs.
     assert run("clric-enc", "photo.png", "other.png", "-q", "--preset", "instant").returncode == 0
     assert {"photo.clric", "other.clric"} < set(os.listdir(tmp_path))
+
+
+def test_an_output_of_a_wrong_form_writes_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("photo.png", "other.png", "in/third.png"):
+        write_photo(tmp_path / name)
+    quick = ["--preset", "instant"]
+    for name in ("q.png", "new.jxl", "out"):
+        result = run("clric-enc", "photo.png", name, *quick)
+        assert_one_line(result, 2, f"{name}: no such file; an output must end in .clric (or name it with -o)")
+    result = run("clric-enc", "photo.png", "other.png", "one.clric", *quick)
+    assert_one_line(result, 2, "several inputs need an output folder: -o DIR")
+    for inputs in (["in"], ["photo.png", "other.png", "-o"]):
+        result = run("clric-enc", *inputs, "one.clric", *quick)
+        assert_one_line(result, 2, "several inputs need an output folder: -o DIR, or one.clric/ for a folder")
+    assert_one_line(run("clric-enc", "x.clric", *quick), 2, "x.clric: not an image file")
+    assert sorted(os.listdir(tmp_path)) == ["in", "other.png", "photo.png"]
+    for _ in range(2):  # a folder that is there already is the output too
+        assert run("clric-enc", "photo.png", "out/", *quick).returncode == 0
+    assert run("clric-enc", "photo.png", "in/", *quick).returncode == 0  # but not one of images
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.clric")) == [
+        "in/third.clric",
+        "out/photo.clric",
+        "photo.clric",
+    ]
+    assert run("clric-enc", "in", "one.clric/", *quick).returncode == 0
+    assert (tmp_path / "one.clric/third.clric").is_file()
 
 
 @pytest.mark.parametrize(
@@ -264,8 +299,8 @@ def bad_images(folder: Path) -> dict[str, str]:
         "large.png": "truncated",
         "larger.png": "truncated",
         "cut.png": "truncated",
-        "text.png": "not an image",
-        "empty.jpg": "not an image",
+        "text.png": "unsupported or unrecognised image format",
+        "empty.jpg": "unsupported or unrecognised image format",
         "wide.png": "70000",
         "missing.png": "No such file or directory",
     }
@@ -275,9 +310,9 @@ def test_bad_images(run: Run, tmp_path: Path) -> None:
     for name, reason in bad_images(tmp_path).items():
         assert_one_line(run("clric-enc", name), 1, f"clric-enc: {name}: ", reason)
     (tmp_path / "folder.png").mkdir()
-    assert_one_line(run("clric-enc", "folder.png"), 2, "the folder folder.png contains no file that ends in .avif")
+    assert_one_line(run("clric-enc", "folder.png"), 1, "folder.png: no image files found")
     assert not list(tmp_path.rglob("*.clric*"))
-    assert_one_line(run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: not an image")
+    assert_one_line(run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: unsupported or unrecognised image format")
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
@@ -297,10 +332,10 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("clric-enc", photo.name, "--preset", "nonsense"), 2, "nonsense", "default", "paper")
     assert_one_line(run("clric-enc", photo.name, "--device", "tpu"), 2, "tpu", "cuda")
     for place in ("photo.png", "./photo.png"):
-        assert_one_line(run("clric-enc", photo.name, "-o", place, "--force"), 2, "is an input")
+        assert_one_line(run("clric-enc", photo.name, "-o", place, "--force"), 2, "is also an input")
     assert_one_line(run("clric-enc", photo.name, "-o", "-", "--json"), 2, "standard output")
     write_photo(tmp_path / "photo.jpg")
-    assert_one_line(run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.clric", "output of photo.png already")
+    assert_one_line(run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.png and photo.jpg would both be written to photo.clric")
     assert photo.read_bytes() == before
     assert not list(tmp_path.rglob("*.clric*"))
 

@@ -163,14 +163,14 @@ def test_on_this_machine_what_is_up_to_date_is_skipped_and_what_is_bad_is_listed
     (tmp_path / "in" / "notes.txt").write_text("not listed")
     command = (tmp_path / "in", "-o", tmp_path / "out", "--preset", "instant", "--json", "--ray")
     end = f"see {tmp_path}/out/manifest.jsonl"
-    bad = f"clric-enc: {tmp_path}/in/deep/text.jpg: not an image in a format that Pillow reads"
+    bad = f"clric-enc: {tmp_path}/in/deep/text.jpg: unsupported or unrecognised image format"
 
     first = encode(*command)
     assert first.returncode == 1
     assert first.stderr.splitlines() == [bad, f"clric-enc: 4 images encoded, 1 failed; {end}"]
     lines = {Path(line["source"]).name: line for line in map(json.loads, first.stdout.splitlines())}
     assert lines == manifest(tmp_path / "out")
-    assert lines["text.jpg"]["error"] == "not an image in a format that Pillow reads"
+    assert lines["text.jpg"]["error"] == "unsupported or unrecognised image format"
     before = streams(tmp_path / "out")
     assert set(before) == {f"{number:02d}.clric" for number in range(4)}
     assert lines["00.png"]["sha256"] == hashlib.sha256((tmp_path / "in/00.png").read_bytes()).hexdigest()
@@ -252,7 +252,7 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     first = encode(*command)
     assert first.returncode == 1
     assert first.stderr.splitlines() == [
-        "clric-enc: s3://photos/holiday/bad.png: not an image in a format that Pillow reads",
+        "clric-enc: s3://photos/holiday/bad.png: unsupported or unrecognised image format",
         "clric-enc: 4 images encoded, 1 failed; see s3://photos/out/manifest.jsonl",
     ]
     assert encode(*photos, "-o", f"{tmp_path}/local/", *FAST).returncode == 0
@@ -301,7 +301,7 @@ def test_in_a_pipeline_of_ones_own(tmp_path: Path) -> None:
         arrays = {row["name"]: row for row in images.map_batches(EncodeImages, **settings).take_all()}
     finally:
         ray.shutdown()
-    assert rows["bad.png"]["error"] == "not an image in a format that Pillow reads"
+    assert rows["bad.png"]["error"] == "unsupported or unrecognised image format"
     assert (rows["bad.png"]["stream"], np.isnan(rows["bad.png"]["bpp"])) == (b"", True)
     for photo in photos:
         row = rows[Path(photo).name]
