@@ -215,7 +215,7 @@ def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
     assert len(large) > 3 * len(first[0])
     with pytest.raises(ClricError, match="name its checkpoint"):
         run("no start", 2, decoder="large")
-    with pytest.raises(ModelError, match="is of other networks"):
+    with pytest.raises(ModelError, match="does not match this architecture"):
         run("other channels", 4, start=checkpoint, channels=4)
 
 
