@@ -46,7 +46,9 @@ def run_command(command: click.Command, name: str) -> int:
         os.environ["OMP_NUM_THREADS"] = str(count)  # read by torch, and by onnxruntime's sessions here
     try:
         code = command.main(prog_name=name, standalone_mode=False, help_option_names=["-h", "--help"])
-    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:  # click 8.1 has none, and prints the help itself
+    except getattr(
+        click.exceptions, "NoArgsIsHelpError", ()
+    ) as error:  # click 8.1 has none, and prints the help itself
         error.show()
         return 2
     except click.UsageError as error:

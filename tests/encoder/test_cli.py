@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clric_decoder import decode_latent, read_header
-from clric_encoder import cli
+from clric_encoder import batch_encoder, cli
+from clric_encoder.batch_encoder import Settings
+from clric_encoder.rate import Rate
+from clric_encoder.up_to_date import made_of
 from commands import assert_one_line
 from PIL import Image
 
@@ -44,7 +47,7 @@ def test_one_pixel_through_pipes(run: Run) -> None:
     header = read_header(result.stdout)
     assert (header.width, header.height, header.space) == (1, 1, "clric")
     assert np.isfinite(decode_latent(result.stdout)).all()
-    assert result.stderr.decode().startswith(f"- -> -: {len(result.stdout)} bytes, ")
+    assert result.stderr.decode().startswith(f"stdin -> stdout: {len(result.stdout)} bytes, ")
     assert result.stderr.count(b"\n") == 1
 
 
@@ -175,6 +178,20 @@ def test_a_folder_is_encoded_once_and_what_has_changed_again(run: Run, tmp_path:
     )
 
 
+def test_streams_are_out_of_date_when_a_file_that_an_option_names_or_clric_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "decoder.onnx"
+    settings = Settings(Rate(1.0), tune=str(file))
+    digests = [settings.of_streams()]  # a file that is missing is said when it is used
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        digests.append(settings.of_streams())
+    monkeypatch.setattr(batch_encoder, "version", lambda name: "0.9")
+    digests.append(settings.of_streams())
+    assert len({made_of(digest, "") for digest in digests}) == 4
+
+
 def test_a_name_that_nobody_gave_replaces_no_file(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png")
     stream = tmp_path / "photo.clric"
@@ -193,7 +210,9 @@ def test_a_stream_replaces_nothing_of_another_suffix(run: Run, tmp_path: Path) -
     keep = write_photo(tmp_path / "keep.png")
     before = keep.read_bytes()
     quick = ["photo.png", "--preset", "instant"]
-    assert_one_line(run("clric-enc", *quick, "-o", "keep.png"), 2, "keep.png: the output does not end in .clric", "--force")
+    assert_one_line(
+        run("clric-enc", *quick, "-o", "keep.png"), 2, "keep.png: the output does not end in .clric", "--force"
+    )
     assert keep.read_bytes() == before
     assert_one_line(run("clric-enc", *quick, "-o", "photo.png", "--force"), 2, "is also an input")
     assert photo.read_bytes() == before
@@ -257,6 +276,8 @@ def test_verbose_says_how_long_each_stage_took(run: Run, tmp_path: Path) -> None
     lines = run("clric-enc", "photo.png", "--preset", "fast", "-v").stderr.decode().splitlines()
     stages = "autoencoder", r"training 1/1", "quantising networks", "tuning"
     assert re.fullmatch("clric-enc: " + ".*".join(f"{stage} [0-9.]+ s" for stage in stages), lines[1])
+    lines = run("clric-enc", "photo.png", "--preset", "instant", "-v", "-f").stderr.decode().splitlines()
+    assert re.fullmatch("clric-enc: encoding [0-9.]+ s", lines[1])
     assert_one_line(run("clric-enc", "photo.png", "-v", "-q"), 2, "mutually exclusive")
 
 
@@ -268,10 +289,12 @@ def test_a_size_that_is_asked_for(run: Run, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
     assert 0.97 * 700 <= json.loads(result.stdout)["bytes"] <= 700
     assert (tmp_path / "photo.clric").stat().st_size == json.loads(result.stdout)["bytes"]
-    for target, words in (("10", "target of 10 bytes not reached: the smallest"), ("1MB", "quality saturates at")):
+    for target, words in (("10", "target of 10 bytes not reached: the minimum"), ("1MB", "quality saturates at")):
         result = run("clric-enc", "photo.png", "--bytes", target, "--preset", "fast", "--json", "-f")
         assert_one_line(result, 0, "photo.png: ", words)
         assert json.loads(result.stdout)["bytes"] > 10
+    result = run("clric-enc", "photo.png", "--bytes", "10", "--preset", "instant", "-q", "-f")
+    assert (result.returncode, result.stderr) == (0, b"")  # a warning, as others are
 
 
 def test_help_does_not_load_torch(tmp_path: Path) -> None:
@@ -312,7 +335,9 @@ def test_bad_images(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     assert_one_line(run("clric-enc", "folder.png"), 1, "folder.png: no image files found")
     assert not list(tmp_path.rglob("*.clric*"))
-    assert_one_line(run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: unsupported or unrecognised image format")
+    assert_one_line(
+        run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: unsupported or unrecognised image format"
+    )
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
@@ -320,14 +345,16 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     before = photo.read_bytes()
     assert_one_line(run("clric-enc"), 2, "IN...")
     assert_one_line(run("clric-enc", photo.name, "--quality", "101"), 2, "--quality", "101")
-    assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, "give one of them")
-    assert_one_line(run("clric-enc", photo.name, "--bpp", "1", "--bytes", "9"), 2, "give one of them")
+    exclusive = "--lambda, --quality, --bytes and --bpp are mutually exclusive"
+    assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, exclusive)
+    assert_one_line(run("clric-enc", photo.name, "--bpp", "1", "--bytes", "9"), 2, exclusive)
     for value in ("0", "-1", "nan", "101"):
-        assert_one_line(run("clric-enc", photo.name, "--bpp", value), 2, "bpp must be above 0 and at most 100")
+        assert_one_line(run("clric-enc", photo.name, "--bpp", value), 2, "--bpp must be above 0 and at most 100")
     for value in ("0", "-5", "8kb8", "many"):
         assert_one_line(run("clric-enc", photo.name, "--bytes", value), 2, "--bytes", value)
+    assert_one_line(run("clric-enc", photo.name, "--bytes", "5GB"), 2, "5GB is out of range", "1 byte and 1000MB")
     for value in ("0", "-1", "nan", "1e7"):
-        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "lambda must be 1e-06 to 1e+06")
+        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "--lambda must be between 1e-6 and 1e6")
     assert_one_line(run("clric-enc", photo.name, "--seed", "9" * 20), 2, "--seed", "4294967295")
     assert_one_line(run("clric-enc", photo.name, "--preset", "nonsense"), 2, "nonsense", "default", "paper")
     assert_one_line(run("clric-enc", photo.name, "--device", "tpu"), 2, "tpu", "cuda")
@@ -335,7 +362,9 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
         assert_one_line(run("clric-enc", photo.name, "-o", place, "--force"), 2, "is also an input")
     assert_one_line(run("clric-enc", photo.name, "-o", "-", "--json"), 2, "standard output")
     write_photo(tmp_path / "photo.jpg")
-    assert_one_line(run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.png and photo.jpg would both be written to photo.clric")
+    assert_one_line(
+        run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.png and photo.jpg would both be written to photo.clric"
+    )
     assert photo.read_bytes() == before
     assert not list(tmp_path.rglob("*.clric*"))
 
@@ -344,13 +373,16 @@ def test_missing_weights_and_unknown_autoencoder(run: Run, tmp_path: Path) -> No
     write_photo(tmp_path / "photo.png")
     assert_one_line(run("clric-enc", "photo.png", "--vae", "taesd"), 1, "photo.png: ", "taesd_encoder.safetensors")
     assert_one_line(run("clric-enc", "photo.png", "--vae", "nonsense"), 1, "photo.png: ", "nonsense")
-    assert_one_line(run("clric-enc", "photo.png", "--models", "gone"), 1, "gone")
+    assert_one_line(run("clric-enc", "photo.png", "--models", "gone"), 1, "gone: no such folder (--models)")
+    assert_one_line(run("clric-enc", "photo.png", "--tune", "nonsense"), 1, "image decoder 'nonsense' is not known")
+    instant = run("clric-enc", "photo.png", "--preset", "instant", "--vae", "lite")
+    assert_one_line(instant, 1, "preset instant needs the autoencoder small or an .onnx encoder (--vae)")
 
 
 def test_outputs_that_cannot_be_written_are_said_before_the_training(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png")
     result = run("clric-enc", "photo.png", "-o", "gone/x.clric", timeout=20)
-    assert_one_line(result, 1, "gone/x.clric: cannot be written (No such file or directory)")
+    assert_one_line(result, 1, "gone/x.clric: the output folder does not exist")
     result = run("clric-enc", "photo.png", "-o", "photo.png/x.clric", timeout=20)
     assert_one_line(result, 1, "photo.png/x.clric: cannot be written (Not a directory)")
 
