@@ -81,6 +81,12 @@ def test_importing_what_a_client_has_is_light(package: str) -> None:
     assert heavy & set(result.stdout.split()) == set()
 
 
+def test_measuring_speed_needs_no_library_of_the_benchmark() -> None:
+    code = "import sys, clric_encoder.bench.speed; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"pytorch_msssim", "matplotlib", "bjontegaard"} & set(result.stdout.split()) == set()
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel."""

@@ -280,5 +280,7 @@ def test_streams_of_the_photos_are_used(teacher: Path, photos: Path, tmp_path: P
 
 
 def test_too_few_photos_is_one_clear_error(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "small.png")
     with pytest.raises(ClricError, match="contains only 0 photos with sides of at least 192; hundreds are needed"):
-        distill("taesd", teacher, tmp_path, models=teacher)
+        distill("taesd", tmp_path / "photos", tmp_path, models=teacher)
