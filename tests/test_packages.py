@@ -23,6 +23,8 @@ PACKAGES = {
     "clric_export": ROOT / "export/clric_export",
 }
 
+COMMANDS = ["clric-enc", "clric-dec", "clric-bench", "clric-export"]
+
 # What each package must not import, at the top of a file or anywhere in it.
 SERVER = {"torch", "torchvision", "diffusers", "onnx", "scipy"}
 FORBIDDEN = {
@@ -77,6 +79,12 @@ def test_importing_what_a_client_has_is_light(package: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "diffusers", "onnx", "onnxruntime", "click", "PIL", "clric_encoder", "clric_export"}
     assert heavy & set(result.stdout.split()) == set()
+
+
+def test_measuring_speed_needs_no_library_of_the_benchmark() -> None:
+    code = "import sys, clric_encoder.bench.speed; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"pytorch_msssim", "matplotlib", "bjontegaard"} & set(result.stdout.split()) == set()
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +205,22 @@ def test_what_the_base_wheel_lacks_is_named_in_python(
     assert not (tmp_path / "new.clric").exists()
 
 
-@pytest.mark.parametrize("command", ["clric-enc", "clric-dec", "clric-bench", "clric-export"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_its_version(run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str) -> None:
     result = run(command, "--version")
     assert (result.returncode, result.stdout.decode()) == (0, f"{command} {version('clric')}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_short_name(run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str) -> None:
+    result = run(command, "-h")
+    assert (result.returncode, result.stdout) == (0, run(command, "--help").stdout)
+
+
+@pytest.mark.parametrize("command", ["clric-bench", "clric-export"])
+def test_a_group_without_a_command_prints_its_help(
+    run: Callable[..., "subprocess.CompletedProcess[bytes]"], command: str
+) -> None:
+    result = run(command)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr == run(command, "--help").stdout

@@ -10,12 +10,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import clric_decoder
 import numpy as np
 from clric_decoder import ClricError, Header, ImageError, ModelError, StreamError
-from clric_decoder.bitstream import MAX_PIXELS, Metadata
+from clric_decoder.bitstream import MAX_PIXELS, METADATA, Metadata
 from clric_decoder.files import read_file, stream_limit
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 
+_PATH = (str, os.PathLike)
+
+
 def encode(
     image: "np.ndarray | Image.Image | str | os.PathLike[str]",
     *,
@@ -45,8 +49,8 @@ def encode(
     size: float | None = None,
     lmbda: float | None = None,
     preset: str = "default",
-    vae: str = "small",
-    tune: str = "auto",
+    vae: str | os.PathLike[str] = "small",
+    tune: str | os.PathLike[str] = "auto",
     device: str = "auto",
     seed: int = 0,
     models: str | os.PathLike[str] | None = None,
@@ -65,18 +69,26 @@ def encode(
         or in bytes; the weight of the rate in latent MSE + lmbda * bpp. A UserWarning says what size cannot be met.
     preset: ``instant``, which needs onnxruntime (``pip install 'clric[cpu]'``), or ``fast``, ``default``, ``slow`` or
         ``paper``, which need torch (``pip install 'clric[encoder]'``).
-    vae: the autoencoder.
-    models, tune, device, seed, progress: of the presets that train. A folder to look for weights in first; the image
-        decoder to train through (``auto``, ``none``, a name, or the path of an .onnx file); ``auto``, ``cpu`` or
-        ``cuda``; of all that is random; called with ``clric_encoder.training.loop.Progress``.
+    vae: the autoencoder: a name (``small``, ``lite``, ``taesd``, ...; ``small`` alone with ``instant``), or the path of
+        an encoder's .onnx file.
+    models, tune, device, seed, progress: of the presets that train. models: a folder to look for weights in first.
+        tune: the image decoder to train through: ``auto``, ``none``, a name, or the path of an .onnx file. device:
+        ``auto``, ``cpu`` or ``cuda``. seed: random seed. progress: called with
+        ``clric_encoder.training.loop.Progress``.
 
     Raises TypeError for an argument of another type, ImageError for an image that cannot be read, and ClricError for
     values out of range and for what is not installed.
     """
     rate: dict[str, object] = {"quality": quality, "bpp": bpp, "size": size, "lmbda": lmbda}
     for name, value in rate.items():
-        if value is not None and not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        check_type(name, value, (numbers.Real, NoneType), "a number")
+    for name, text in {"preset": preset, "device": device}.items():
+        check_type(name, text, str, "a string")
+    check_type("vae", vae, _PATH, "a name or a path")
+    check_type("tune", tune, _PATH, "a name or a path")
+    check_type("seed", seed, numbers.Integral, "an integer")
+    check_type("models", models, (*_PATH, NoneType), "a path")
+    vae, tune = os.fspath(vae), os.fspath(tune)
     pixels, notes, metadata = _read_image(image, strip, metadata or {})
     encode_array = _encoder(preset, tune)
     for note in notes:
@@ -110,6 +122,9 @@ def decode(
     Raises TypeError for another type of stream, StreamError for a bad one, ModelError for an image decoder that is
     missing or of another latent space, or where onnxruntime is missing, and ClricError for a file that cannot be read.
     """
+    check_type("vae", vae, (*_PATH, NoneType), "a name or a path")
+    check_type("models", models, (*_PATH, NoneType), "a path")
+    check_type("provider", provider, str, "a string")
     data = _read_stream(stream, max_pixels)
     with _naming(stream):
         return clric_decoder.decode(data, vae=vae, provider=provider, models=models, max_pixels=max_pixels)
@@ -135,12 +150,20 @@ def read_header(
     size: of the whole file in bytes, where only its beginning is given: some kilobytes, and the metadata if the image
     has any. StreamError of kind ``truncated`` says that more is needed.
     """
+    check_type("size", size, (numbers.Integral, NoneType), "an integer")
     data = _read_stream(stream, max_pixels)
     with _naming(stream):
         return clric_decoder.read_header(data, max_pixels, size)
 
 
+def check_type(name: str, value: object, types: type | tuple[type, ...], expected: str) -> None:
+    """Raises TypeError for an argument of another type."""
+    if not isinstance(value, types):
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+
+
 def _read_stream(stream: object, max_pixels: int) -> bytes:
+    check_type("max_pixels", max_pixels, numbers.Integral, "an integer")
     if isinstance(stream, bytes | bytearray | memoryview):
         return bytes(stream)
     if isinstance(stream, str | os.PathLike):
@@ -164,6 +187,11 @@ def _read_image(image: object, strip: bool, metadata: Metadata) -> tuple[np.ndar
     from clric_decoder.image import read_image, to_rgb, upright
     from PIL import Image
 
+    check_type("metadata", metadata, dict, "a dict")
+    for name, content in metadata.items():
+        if name not in METADATA.values():
+            raise ClricError(f"metadata {name!r} is not known; use {', '.join(METADATA.values())}")
+        check_type(f"metadata {name!r}", content, bytes, "bytes")
     if isinstance(image, np.ndarray):
         return image, [], upright(metadata)
     if metadata:
@@ -181,10 +209,12 @@ def _encoder(preset: str, tune: str) -> Callable[..., bytes]:
     with encoder_package():
         from clric_encoder.instant import encode_instantly
         from clric_encoder.libraries import libraries
+        from clric_encoder.training.presets import find_preset
     if preset == "instant":
         if tune not in ("auto", "none"):
             raise ClricError(f"preset instant trains nothing: tune={tune!r} goes with the other presets")
         return encode_instantly
+    find_preset(preset)
     with libraries():
         from clric_encoder import encode
 

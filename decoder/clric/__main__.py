@@ -32,7 +32,7 @@ def main() -> None:
     elif name in ("-h", "--help"):
         print(USAGE)
     else:
-        print(f"clric: {name!r} is no command: use enc or dec (see python -m clric --help)", file=sys.stderr)
+        print(f"clric: unknown command {name!r} (use enc or dec)", file=sys.stderr)
         sys.exit(2)
 
 

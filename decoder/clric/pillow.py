@@ -18,7 +18,7 @@ from clric_decoder.bitstream import MAGIC, MAX_SIDE, METADATA
 from clric_decoder.image import EXIF_PREFIX, to_rgb
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from . import ClricError, StreamError, decode, decode_latent, encode, read_header
+from . import ClricError, StreamError, check_type, decode, decode_latent, encode, read_header
 
 FORMAT = "CLRIC"
 
@@ -27,6 +27,13 @@ _NO_LIMIT = MAX_SIDE**2
 
 # What Image.save hands on to `encode`.
 _OPTIONS = ("quality", "bpp", "size", "lmbda", "preset", "vae", "tune", "device", "seed", "models")
+
+# What Image.save takes for metadata: types, and their names.
+_METADATA_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "icc_profile": (bytes, "bytes"),
+    "exif": ((bytes, Image.Exif), "bytes or an Image.Exif"),
+    "xmp": ((bytes, str), "bytes or a string"),
+}
 
 
 class ClricImageFile(ImageFile.ImageFile):
@@ -113,6 +120,7 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
             if name in given:
                 metadata.pop(name, None)
                 if given[name]:
+                    check_type(name, given[name], *_METADATA_TYPES[name])
                     metadata[name] = _to_bytes(given[name])
         for note in notes:
             warnings.warn(note, stacklevel=4)

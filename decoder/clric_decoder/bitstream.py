@@ -261,7 +261,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Segments]:
     _check_version(data)
     body = memoryview(data)[:-CHECKSUM_BYTES]
     if len(body) < 4 or zlib.crc32(body) != int.from_bytes(data[-CHECKSUM_BYTES:], "big"):
-        raise StreamError("checksum", "the checksum does not match: the file is damaged or cut; fetch it again")
+        raise StreamError("checksum", "checksum mismatch: the file is corrupt or truncated; fetch it again")
     reader = _Reader(body)
     header = _read_header(reader, len(data), max_pixels)
     networks = reader.bytes(header.network_bytes)
@@ -288,7 +288,7 @@ def _check_version(data: bytes) -> None:
         raise StreamError("truncated", f"the file ends after {len(data)} bytes; fetch it again")
     if data[3] == 0:
         raise StreamError(
-            "version", "stream version 0, of a trial: decode it with clric 0.1, or encode its image again"
+            "version", "pre-release stream version 0: decode it with clric 0.1, or encode its image again"
         )
     if data[3] != VERSION:
         raise StreamError("version", f"stream version {data[3]}; this decoder knows version {VERSION}: get a newer one")

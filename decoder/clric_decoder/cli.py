@@ -18,11 +18,11 @@ from .models import IMAGE_DECODERS, image_decoder_number
 from .terminal import (
     IMAGE_SUFFIXES,
     Outputs,
-    check_new,
     choose_outputs,
     for_each,
     list_inputs,
     print_error,
+    print_existing,
     printable,
     run_command,
     split_output,
@@ -39,14 +39,20 @@ NAME = "clric-dec"
 @click.option(
     "-o", "--output", metavar="OUT", help="Output image, or folder for several inputs; - for standard output."
 )
-@click.option("--vae", metavar="NAME", help="Image decoder: a name or an .onnx file.  [default: by latent space]")
+@click.option(
+    "--vae", metavar="NAME", help="Image decoder: a name, or the path of an .onnx file.  [default: by latent space]"
+)
 @click.option("--models", metavar="DIR", help="Folder to search for image decoders first.")
 @click.option("--provider", default="auto", show_default=True, help="onnxruntime provider: auto, cpu, cuda, ...")
-@click.option("--latent", metavar="OUT.npy", help="Write the latent, float32 (C, h, w); no image unless -o is given.")
+@click.option(
+    "--latent",
+    metavar="OUT.npy",
+    help="Write the latent, float32 (C, h, w); no image unless -o is given. --force accepts any suffix.",
+)
 @click.option("--info", is_flag=True, help="Print the header and exit.")
 @click.option("--json", is_flag=True, help="Print the header as JSON, one line per input, and exit.")
 @click.option("--probe", is_flag=True, help="Decode to the latent, and print the hash of every stage as JSON.")
-@click.option("-f", "--force", is_flag=True, help="Overwrite existing outputs, and accept any output suffix.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite existing outputs.")
 @click.option(
     "--max-pixels",
     type=click.IntRange(1, MAX_SIDE**2),
@@ -75,7 +81,7 @@ def command(
     """
     names: Sequence[str] = inputs
     if not (info or json or probe):
-        names, output = split_output(names, output, IMAGE_SUFFIXES)
+        names, output = split_output(names, output, (".clric",), IMAGE_SUFFIXES)
     to_folder = any(map(os.path.isdir, names))
     inputs = list_inputs(names, (".clric",))
 
@@ -118,9 +124,6 @@ def command(
         from .bitstream import read_header
         from .latent import decode_latent
 
-        for place, outputs in ((image_place, images), (latent_place, latents)):
-            if not (outputs.named or force):
-                check_new(place)
         if image_place:
             from .image import check_image_output
 
@@ -139,7 +142,8 @@ def command(
             if trained_for and image_decoder_number(decoder.manifest) != header.image_decoder:
                 name, digest = decoder.manifest["name"], decoder.manifest["sha256"]
                 shown = f"other weights of it (SHA-256 {digest[:16]})" if name == trained_for[0] else name
-                print_error(NAME, f"note: trained for the image decoder {trained_for[0]}, shown by {shown}", source)
+                tuned = f"the stream was tuned for image decoder {trained_for[0]}"
+                print_error(NAME, f"note: {tuned}, decoding with {shown}", source)
         latent_values = decode_latent(data, max_pixels=max_pixels)
         if latent_place:
             encoded = io.BytesIO()
@@ -153,7 +157,16 @@ def command(
             for note in write_image(image_place, pixels, header.metadata):
                 print_error(NAME, f"note: {note}", source)
 
-    return for_each(NAME, zip(inputs, images.places, latents.places, strict=True), convert)
+    jobs, existing = [], []
+    for source, image_place, latent_place in zip(inputs, images.places, latents.places, strict=True):
+        unnamed = [place for place, named in ((image_place, images.named), (latent_place, latents.named)) if not named]
+        taken = [place for place in unnamed if place != STANDARD and os.path.exists(place)]
+        if taken and not force:
+            existing.append((source, taken[0]))
+        else:
+            jobs.append((source, image_place, latent_place))
+    print_existing(NAME, existing)
+    return max(for_each(NAME, jobs, convert), 1 if existing else 0)
 
 
 def describe(header: "Header") -> dict[str, Any]:

@@ -54,7 +54,7 @@ def _read_all(file: BinaryIO, name: str, limit: int) -> bytes:
     except OSError as error:
         raise ClricError(f"{name}: {error.strerror}") from error
     if len(data) > limit:
-        raise ClricError(f"{name}: longer than the limit of {limit} bytes")
+        raise ClricError(f"{name}: file too large (limit {limit} bytes)")
     return data
 
 
@@ -81,6 +81,8 @@ def check_output(path: str | os.PathLike[str]) -> None:
         code = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
     else:
         code = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    if code == errno.ENOENT:
+        raise ClricError(f"{os.fspath(path)}: the output folder does not exist")
     if code:
         raise _not_written(path, os.strerror(code))
 

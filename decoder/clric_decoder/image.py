@@ -85,7 +85,7 @@ def read_image(
             f"{name}: exceeds Pillow's limit of pixels; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+        raise ImageError(f"{name}: unsupported or unrecognised image format") from error
     except OSError as error:
         raise ImageError(f"{name}: {error.strerror or one_line(error)}") from error
     except Exception as error:

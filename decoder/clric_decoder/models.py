@@ -175,12 +175,12 @@ _MANIFEST_LIMIT = 1 << 16
 _HALO_LIMIT = 1024
 
 
-def find_autoencoder(name: str) -> Autoencoder:
-    """The table's entry for a name or an alias. Raises ModelError for others."""
+def find_autoencoder(name: str, called: str = "autoencoder") -> Autoencoder:
+    """The table's entry for a name or an alias. Raises ModelError for others, in which the half wanted is called so."""
     for autoencoder in AUTOENCODERS.values():
         if name == autoencoder.name or name in autoencoder.aliases:
             return autoencoder
-    raise ModelError(f"autoencoder {name!r} is not known; use one of {', '.join(AUTOENCODERS)}")
+    raise ModelError(f"{called} {name!r} is not known; use one of {', '.join(AUTOENCODERS)}")
 
 
 def cache_folder() -> Path:
@@ -196,7 +196,7 @@ def search_folders(models: str | os.PathLike[str] | None = None) -> list[Path]:
     folders = []
     if models is not None:
         if not os.path.isdir(models):
-            raise ModelError(f"models folder {models} is not a folder")
+            raise ModelError(f"{os.fspath(models)}: no such folder (--models)")
         folders.append(Path(models))
     folders += [Path(folder) for folder in os.environ.get("CLRIC_MODELS", "").split(os.pathsep) if folder]
     return [*folders, cache_folder(), WEIGHTS]

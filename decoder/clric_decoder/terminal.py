@@ -28,6 +28,9 @@ IMAGE_SUFFIXES = (
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\udc80-\udc9f]")
 
 
+_NEEDS_FOLDER = "several inputs need an output folder: -o DIR"
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\u{code:04x}" if 0x2000 <= code < 0x3000 else f"\\x{code & 0xFF:02x}"
@@ -36,16 +39,24 @@ def _escaped(match: re.Match[str]) -> str:
 def run_command(command: click.Command, name: str) -> int:
     """Runs the process's command line and gives its exit code, which ``command`` returns.
 
-    An error of usage is one line, as all others are. In a container with fewer CPUs than its host, libraries that are
-    loaded from here on take as many threads as it has CPUs.
+    An error is one line; one of usage points to the help, which a group of commands prints where none is named. In a
+    container with fewer CPUs than its host, libraries that are loaded from here on take as many threads as it has CPUs.
     """
     if count := thread_count():
         os.environ["OMP_NUM_THREADS"] = str(count)  # read by torch, and by onnxruntime's sessions here
     try:
-        code = command.main(prog_name=name, standalone_mode=False)
+        code = command.main(prog_name=name, standalone_mode=False, help_option_names=["-h", "--help"])
+    except getattr(
+        click.exceptions, "NoArgsIsHelpError", ()
+    ) as error:  # click 8.1 has none, and prints the help itself
+        error.show()
+        return 2
     except click.UsageError as error:
         print_error(name, f"{error.format_message()} (see {name} --help)")
         return 2
+    except ClricError as error:
+        print_error(name, str(error))
+        return 1
     except click.Abort:  # Ctrl-C
         return 130
     return code if isinstance(code, int) else 0
@@ -83,42 +94,63 @@ def print_error(name: str, message: str, file: str | None = None) -> None:
     if sys.stderr is None:  # closed; print would take standard output instead
         return
     where = ""
-    if file is not None:
+    if file:
         shown = printable(file)
         message = message.replace(file, shown)
         where = "" if message.startswith(f"{shown}: ") else f"{shown}: "
     print(f"{name}: {where}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
-def list_inputs(names: Sequence[str], suffixes: Collection[str]) -> list[str]:
+def list_folder(folder: str | os.PathLike[str], suffixes: Collection[str]) -> list[str]:
+    """Paths of the files in a folder whose suffix is one of these, sorted by name. Raises ClricError."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ClricError(f"{os.fspath(folder)}: {error.strerror}") from error
+    places = [os.path.join(folder, name) for name in names if Path(name).suffix.lower() in suffixes]
+    return [place for place in places if os.path.isfile(place)]
+
+
+def list_inputs(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     """The inputs that were named; of a folder, the files in it whose suffix is one of these, sorted by name.
 
-    Raises click.UsageError for a folder without such files.
+    Raises ClricError for a folder without such files.
     """
     inputs = []
     for name in names:
         if name == STANDARD or not os.path.isdir(name):
             inputs.append(name)
             continue
-        try:
-            files = sorted(os.listdir(name))
-        except OSError as error:
-            raise click.UsageError(f"{name}: {error.strerror}") from error
-        places = [os.path.join(name, file) for file in files if Path(file).suffix.lower() in suffixes]
-        places = [place for place in places if os.path.isfile(place)]
-        if not places:
-            raise click.UsageError(f"the folder {name} contains no file that ends in {', '.join(suffixes)}")
-        inputs += places
+        files = list_folder(name, suffixes)
+        if not files:
+            kind = suffixes[0] if len(suffixes) == 1 else "image"
+            raise ClricError(f"{name}: no {kind} files found")
+        inputs += files
     return inputs
 
 
 def split_output(
-    names: Sequence[str], output: str | None, suffixes: Collection[str]
+    names: Sequence[str], output: str | None, inputs: Sequence[str], outputs: Sequence[str]
 ) -> tuple[Sequence[str], str | None]:
-    """Inputs and output, for ``IN OUT`` those of ``IN -o OUT``: two names, the second with the suffix of an output."""
-    if output is None and len(names) == 2 and Path(names[1]).suffix.lower() in suffixes:
-        return names[:1], names[1]
-    return names, output
+    """Inputs and output, for ``IN OUT`` those of ``IN -o OUT``.
+
+    OUT has the suffix of an output, or ends with a slash; a folder that has inputs in it is a second input all the
+    same. inputs, outputs: the suffixes of both. Raises click.UsageError where the last name can be neither.
+    """
+    if output is not None or len(names) < 2:
+        return names, output
+    last = names[-1]
+    is_file = Path(last).suffix.lower() in outputs and not os.path.isdir(last)
+    if len(names) > 2:
+        if is_file:
+            raise click.UsageError(_NEEDS_FOLDER)
+        return names, None
+    if is_file or (last.endswith("/") and not (os.path.isdir(last) and list_folder(last, inputs))):
+        return names[:1], last
+    if last != STANDARD and not os.path.exists(last):
+        ending = outputs[0] if len(outputs) == 1 else "an image suffix such as .png"
+        raise click.UsageError(f"{last}: no such file; an output must end in {ending} (or name it with -o)")
+    return names, None
 
 
 class Outputs(NamedTuple):
@@ -141,8 +173,9 @@ def choose_outputs(
     ``output`` is a folder where there is one, where it ends with a slash, for several inputs, or with ``to_folder``;
     it is made if it is missing. Standard input goes to standard output unless ``output`` says otherwise.
     any_suffix: whether ``output`` may be a file of another suffix.
-    Raises click.UsageError where it must not, where two inputs would go to one place, where an output would replace an
-    input, or where an input or the output has no name.
+    Raises click.UsageError where it must not, where a folder would get the name of a file, where two inputs would go to
+    one place, where an output would replace an input, or where an input or the output has no name; ClricError where the
+    folder cannot be made.
     """
     for source in inputs:
         if Path(source).name in ("", ".."):
@@ -156,29 +189,44 @@ def choose_outputs(
         stems = ["stdin" if source == STANDARD else Path(source).stem for source in inputs]
         places = [str(Path(output, stem + suffix)) for stem in stems]
         folder = output
+        is_file_name = Path(output).suffix.lower() in (*IMAGE_SUFFIXES, ".clric", ".npy")
+        if is_file_name and not (output.endswith("/") or os.path.isdir(output)):
+            raise click.UsageError(f"{_NEEDS_FOLDER}, or {output}/ for a folder of this name")
     else:
         if not (any_suffix or output == STANDARD or is_special(output) or Path(output).suffix.lower() == suffix):
             raise click.UsageError(
-                f"the output {output} does not end in {suffix}; rename it, use --force, or end a folder's name with /"
+                f"{output}: the output does not end in {suffix} (use --force to write it anyway, or {output}/ for a"
+                " folder)"
             )
         places, named = [output] * len(inputs), True
     if STANDARD in places and sys.stdout is not None and sys.stdout.isatty():
         raise click.UsageError("standard output is a terminal; name a file with -o")
-    taken = {os.path.realpath(source): "is an input" for source in inputs if source != STANDARD}
+    sources = {os.path.realpath(source) for source in inputs if source != STANDARD}
+    writers = dict[str, str]()
     for source, place in zip(inputs, places, strict=True):
         key = place if place == STANDARD else os.path.realpath(place)
-        if key in taken:
-            raise click.UsageError(f"the output of {source}, {place}, {taken[key]}; name another with -o")
-        taken[key] = f"is the output of {source} already"
+        if key in sources and output is None:
+            raise click.UsageError(f"{source}: not {'an image' if suffix == '.clric' else 'a .clric'} file")
+        if key in sources:
+            raise click.UsageError(f"output {place} is also an input; name another with -o")
+        if key in writers:
+            raise click.UsageError(f"{writers[key]} and {source} would both be written to {place}")
+        writers[key] = source
     if folder is not None:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise click.UsageError(f"the folder {folder} cannot be created ({error.strerror})") from error
+            raise ClricError(f"{folder}: the folder cannot be created ({error.strerror})") from error
     return Outputs(places, named)
 
 
-def check_new(place: str) -> None:
-    """Raises ClricError for a file that exists, where nobody named it: it may be the only copy of something else."""
-    if place != STANDARD and os.path.exists(place):
-        raise ClricError(f"{place} exists; overwrite it with --force, or name the output with -o")
+def print_existing(name: str, existing: Sequence[tuple[str, str]]) -> None:
+    """One line about inputs that are left out: their outputs exist, and may be the only copy of something else.
+
+    existing: inputs with their outputs, which the user did not name.
+    """
+    if len(existing) == 1:
+        source, place = existing[0]
+        print_error(name, f"{place} exists; overwrite it with --force, or name the output with -o", source)
+    elif existing:
+        print_error(name, f"{len(existing)} outputs exist; overwrite them with --force, or choose a folder with -o")

@@ -5,10 +5,13 @@ What is wrong with one image does not touch the others. Without torch until an i
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +19,13 @@ from clric_decoder.autoencoder import decode_image, default_decoder, open_decode
 from clric_decoder.bitstream import Metadata, read_header
 from clric_decoder.errors import ClricError, ModelError, one_line
 from clric_decoder.latent import decode_latent
+from clric_decoder.models import file_sha256
 
 from .instant import INSTANT
 from .libraries import libraries
 from .rate import Rate
 from .stream import Encoded, check_image, check_latent
-from .training.presets import PRESETS
+from .training.presets import PRESETS, find_preset
 
 if TYPE_CHECKING:
     from .encoding import Tuning
@@ -47,8 +51,14 @@ class Settings:
     strip: bool = False
 
     def of_streams(self) -> dict[str, Any]:
-        """What a stream depends on, besides its image."""
-        return {name: value for name, value in asdict(self).items() if name != "device"}
+        """What a stream depends on, besides its image: options, clric's version, and the contents of files that options
+        name by path. Weights that are found by name, in folders, are taken to stay as they are.
+
+        Raises ModelError for a file that cannot be read.
+        """
+        options = {name: value for name, value in asdict(self).items() if name != "device"}
+        paths = [path for path in (self.vae, self.tune, self.lpips) if path is not None and os.path.isfile(path)]
+        return options | {"clric": version("clric"), "files": [file_sha256(Path(path)) for path in paths]}
 
 
 @dataclass
@@ -141,8 +151,7 @@ class BatchEncoder:
 
             self._encoder = instant.load_encoder(settings.vae)
             return self._encoder
-        if settings.preset not in PRESETS:
-            raise ClricError(f"preset {settings.preset!r} is not known; use one of {', '.join([INSTANT, *PRESETS])}")
+        find_preset(settings.preset)
         with libraries():
             from . import autoencoder, encoding
         self._device = encoding.find_device(settings.device)

@@ -20,10 +20,10 @@ from clric_decoder.errors import ClricError
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import (
     IMAGE_SUFFIXES,
-    check_new,
     choose_outputs,
     list_inputs,
     print_error,
+    print_existing,
     printable,
     run_command,
     split_output,
@@ -52,13 +52,13 @@ class _Bytes(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kM])(i?))?B?", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kMGT])(i?))?B?", str(value), re.IGNORECASE)
         if not match:
             self.fail(
                 f"{value!r} is not a size; examples: 5000, 8kB (8000 bytes), 8KiB (8192 bytes), 1.5MB", param, ctx
             )
         base = 1024 if match[3] else 1000
-        number = float(match[1]) * base ** " km".index((match[2] or " ").lower())
+        number = float(match[1]) * base ** " kmgt".index((match[2] or " ").lower())
         if not 1 <= number <= 10**9:
             self.fail(f"{value} is out of range; the limits are 1 byte and 1000MB", param, ctx)
         return round(number)
@@ -66,19 +66,33 @@ class _Bytes(click.ParamType):
 
 @click.command()
 @click.argument("images", metavar="IN... [OUT]", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="OUT", help="Output stream, or folder for several images; - for stdout.")
+@click.option(
+    "-o", "--output", metavar="OUT", help="Output stream, or folder for several inputs; - for standard output."
+)
 @click.option(
     "--quality",
     type=click.FloatRange(0, 100),
     help="0 (smallest) to 100 (best): lambda is 0.5 * 10^((50 - quality) / 40).  [default: 75]",
 )
 @click.option("--lambda", "lmbda", type=float, help="Lagrangian weight of the rate: loss = latent MSE + lambda * bpp.")
-@click.option("--bpp", type=float, help="Target rate in bits per pixel; files are at most 3 % smaller (instant: 15 %).")
 @click.option(
-    "--bytes", "size", type=_Bytes(), help="Target file size, such as 5000, 8kB or 8KiB; likewise at most 3 % smaller."
+    "--bpp",
+    type=float,
+    help="Target rate in bits per pixel: at most this, and at most 3 % below it (preset instant: 15 %).",
 )
 @click.option(
-    "--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder: a name or an encoder's file."
+    "--bytes",
+    "size",
+    type=_Bytes(),
+    help="Target file size in bytes (5000, 8kB, 8KiB, 1.5MB): at most this, and at most 3 % below it (preset instant:"
+    " 15 %).",
+)
+@click.option(
+    "--vae",
+    metavar="NAME",
+    default="small",
+    show_default=True,
+    help="Autoencoder: a name, or the path of an encoder's .onnx file.",
 )
 @click.option(
     "--preset",
@@ -93,12 +107,20 @@ class _Bytes(click.ParamType):
     default="auto",
     show_default=True,
     help="Image decoder to optimise the image for: auto (small or lite by latent space, else none), none, a name, or"
-    " an .onnx file.",
+    " the path of an .onnx file.",
 )
 @click.option(
-    "--lpips", metavar="FILE", help="vgg16_lpips.npz, to train with LPIPS-VGG instead of clric's own features."
+    "--lpips",
+    metavar="FILE",
+    help="LPIPS-VGG weights (vgg16_lpips.npz) for the perceptual loss, instead of clric's own network.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to train on; auto takes a CUDA GPU if there is one.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 @click.option("--models", metavar="DIR", help="Folder to search for weights first.")
 @click.option("--strip", is_flag=True, help="Leave out EXIF, XMP and colour profile; convert colours to sRGB.")
@@ -112,7 +134,7 @@ class _Bytes(click.ParamType):
     " -o may be folders such as s3://bucket/folder; see docs/cluster.md.",
 )
 @click.option("--json", is_flag=True, help="Print one line of JSON per image to standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only, no warnings.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the time that each stage took.")
 @click.version_option(package_name="clric", prog_name=NAME, message="%(prog)s %(version)s")
 def command(
@@ -142,10 +164,12 @@ def command(
     less time per image. An existing file is overwritten if you named it, or with --force. In folders, streams that are
     up to date with image and settings are skipped, so that a run that was stopped goes on.
     """
+    if sum(value is not None for value in (lmbda, quality, size, bpp)) > 1:
+        raise click.UsageError("--lambda, --quality, --bytes and --bpp are mutually exclusive")
     try:
         rate = choose_rate(lmbda, quality, size, bpp)
-    except ClricError as error:
-        raise click.UsageError(str(error)) from None
+    except ClricError as error:  # it begins with the option's name
+        raise click.UsageError(f"--{error}") from None
     if preset == INSTANT and (tune not in ("auto", "none") or lpips is not None):
         raise click.UsageError("--tune and --lpips cannot be used with --preset instant, which trains nothing")
     if quiet and verbose:
@@ -156,7 +180,7 @@ def command(
         if verbose:
             raise click.UsageError("--verbose cannot be used with --ray, whose manifest.jsonl has the times")
         if not re.fullmatch(r"local|auto|[^/]+:[0-9]+", ray):
-            raise click.UsageError(f"--ray {ray}: an address is auto or host:port; write --ray alone after the images")
+            raise click.UsageError(f"--ray {ray}: expected auto or host:port; write --ray alone after the images")
         return _encode_with_ray(
             images,
             output,
@@ -176,7 +200,7 @@ def command(
             json_lines=json,
             quiet=quiet,
         )
-    images, output = split_output(images, output, (".clric",))
+    images, output = split_output(images, output, IMAGE_SUFFIXES, (".clric",))
     to_folder = any(map(os.path.isdir, images))
     images = list_inputs(images, IMAGE_SUFFIXES)
     outputs = choose_outputs(images, output, ".clric", to_folder=to_folder, any_suffix=force)
@@ -188,21 +212,23 @@ def command(
     settings = Settings(rate, vae, preset, tune, lpips, device, seed, models, strip)
     jobs = list(zip(images, outputs.places, strict=True))
     failures: list[tuple[str, str]] = []
+    existing: list[tuple[str, str]] = []
     records = None
     if not outputs.named:
         records = Records(settings.of_streams(), create=to_folder or len(images) > 1 or output is not None)
         if not force:
-            jobs, failures, skipped = _to_do(jobs, records)
+            jobs, existing, skipped = _to_do(jobs, records)
             if skipped and not quiet:
                 print_error(NAME, f"skipped {skipped} up-to-date file{'s' * (skipped > 1)}; --force re-encodes")
     with _live_view(len(jobs), show=bool(jobs) and not quiet, verbose=verbose) as view:
         try:
             _Run(BatchEncoder(settings), records, view, failures, json, quiet).encode(jobs)
-            code = 1 if failures else 0
+            code = 1 if failures or existing else 0
         except KeyboardInterrupt:
             code = 130
         except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
             code = 1
+    print_existing(NAME, existing)
     for source, message in failures:
         print_error(NAME, message, source)
     return code
@@ -219,20 +245,18 @@ def _encode_with_ray(images: Sequence[str], output: str, **arguments: Any) -> in
 
 
 def _to_do(jobs: list[tuple[str, str]], records: Records) -> tuple[list[tuple[str, str]], list[tuple[str, str]], int]:
-    """Of images and places of their streams: those to encode, images with an error, and how many are up to date."""
-    to_do, failures, skipped = [], [], 0
+    """Of images and places of their streams: those to encode, those with another file there, and how many are up to
+    date."""
+    to_do, existing, skipped = [], [], 0
     for source, place in jobs:
         state = records.state(source, place)
         if state == "up to date":
             skipped += 1
-            continue
-        try:
-            if state == "unknown":
-                check_new(place)
+        elif state == "unknown":
+            existing.append((source, place))
+        else:
             to_do.append((source, place))
-        except ClricError as error:
-            failures.append((source, str(error)))
-    return to_do, failures, skipped
+    return to_do, existing, skipped
 
 
 @dataclass
@@ -285,8 +309,7 @@ class _Run:
                 continue
             for note in notes:
                 self._warn(note, source)
-            if self.encoder.settings.preset != INSTANT:
-                self.view.start(source)
+            self.view.start(source, "encoding" if self.encoder.settings.preset == INSTANT else "autoencoder")
             yield Picture((source, place), pixels, metadata)
 
     def _warn(self, message: str, source: str | None = None) -> None:
@@ -299,12 +322,13 @@ class _Run:
             self.records.add(place, encoded.data)
         facts = _facts(source, place, encoded)
         if encoded.note:
-            print_error(NAME, encoded.note, source)
+            self._warn(encoded.note, source)
         if self.json:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
         elif not self.quiet and sys.stderr is not None:
+            shown, output = "stdin" if source == STANDARD else source, "stdout" if place == STANDARD else place
             print(
-                f"{printable(source)} -> {printable(place)}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
+                f"{printable(shown)} -> {printable(output)}: {facts['bytes']:,} bytes, {facts['bpp']:.4f} bpp, "
                 f"latent MSE {facts['latent_mse']:.4f}",
                 file=sys.stderr,
             )
@@ -330,8 +354,8 @@ def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
 class _View:
     """What a run shows of its progress: nothing, as it stands."""
 
-    def start(self, source: str) -> None:
-        """An image's latent is computed."""
+    def start(self, source: str, stage: str) -> None:
+        """An image is read, and its first stage begins: its latent is computed, or it is encoded at once."""
 
     def compile(self) -> None:
         """The loops of the training are compiled."""
@@ -349,9 +373,9 @@ class _Bar(_View):
     def __init__(self, bar: Any, task: Any) -> None:
         self._bar, self._task, self._done, self._name = bar, task, 0, ""
 
-    def start(self, source: str) -> None:
+    def start(self, source: str, stage: str) -> None:
         self._name = self._escape(source)
-        self._bar.update(self._task, description=f"{self._name}  autoencoder", estimate="")
+        self._bar.update(self._task, description=f"{self._name}  {stage}", estimate="")
 
     def compile(self) -> None:
         self._bar.update(self._task, description=f"{self._name}  compiling (once on this machine)", estimate="")
@@ -383,9 +407,9 @@ class _Timings(_View):
     def __init__(self, view: _View) -> None:
         self._view, self._seconds, self._stage, self._since = view, dict[str, float](), "", time.monotonic()
 
-    def start(self, source: str) -> None:
-        self._enter("autoencoder")
-        self._view.start(source)
+    def start(self, source: str, stage: str) -> None:
+        self._enter(stage)
+        self._view.start(source, stage)
 
     def compile(self) -> None:
         self._enter("compiling")

@@ -20,9 +20,7 @@ def find_encoder(name: str) -> tuple[Path, dict[str, Any]]:
     else:
         autoencoder = find_autoencoder(name)
         if autoencoder.kind != "small":
-            raise ModelError(
-                f"autoencoder {autoencoder.name} has no ONNX encoder; use small, or the path of an .onnx file"
-            )
+            raise ModelError("preset instant needs the autoencoder small or an .onnx encoder (--vae)")
         path = WEIGHTS / f"{autoencoder.name}_encoder.onnx"
     if not path.is_file():
         raise ModelError(f"encoder file {path} does not exist")

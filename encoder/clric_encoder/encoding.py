@@ -23,7 +23,7 @@ from .torch_threads import settle
 from .training.distortion import ImageDecoder, ImageDistortion
 from .training.features import LpipsVgg, PerceptualDistance, load_features
 from .training.loop import Function, Report, overfit
-from .training.presets import PRESETS, Preset
+from .training.presets import Preset, find_preset
 from .training.rate_control import MIN_FILL
 
 # The image decoder that functions are trained through where nothing is said, by latent space. Decoders of the others
@@ -195,8 +195,7 @@ def encode_latents(
     a training that takes minutes. compiling: called whenever a loop of the training is compiled. Raises ClricError.
     """
     settle()
-    if preset not in PRESETS:
-        raise ClricError(f"preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+    schedule = find_preset(preset)
     pixels = [width * height for width, height in sizes]
 
     def stream(function: Function, number: int) -> bytes:
@@ -216,7 +215,7 @@ def encode_latents(
     if tuning is not None:
         on_device = torch.from_numpy(latents).to(device)
         distortion = ImageDistortion(images, on_device, tuning.decoder, tuning.perceptual)
-        seconds = distortion.seconds() * PRESETS[preset].tuning.looks
+        seconds = distortion.seconds() * schedule.tuning.looks
         if seconds > LONG:
             warn(
                 f"tuning through the image decoder {tuning.decoder.name} takes about {seconds / 60:.0f} min"
@@ -228,7 +227,7 @@ def encode_latents(
             latents,
             [rate.lmbda or 1.0] * len(latents),
             pixels,
-            PRESETS[preset],
+            schedule,
             measure=lambda function, i: len(stream(function, i)),
             sizes=None if rate.lmbda is not None else [limit or 0 for limit in limits],
             image=distortion,
@@ -242,7 +241,7 @@ def encode_latents(
         error = float(np.square(decode_checked(data, function.networks, function.grids) - latent).mean())
         note = None
         if limit is not None and len(data) > limit:
-            note = f"target of {limit} bytes not reached: the smallest stream has {len(data)} bytes"
+            note = f"target of {limit} bytes not reached: the minimum size is {len(data)} bytes"
         elif limit is not None and len(data) < MIN_FILL * limit:
             note = f"target of {limit} bytes not reached: quality saturates at {len(data)} bytes"
         result.append(Encoded(data, function.lmbda, error, note))

@@ -42,14 +42,13 @@ def encode_for_command(
         except KeyboardInterrupt:
             report = None
     if report is None:
-        print_error(name, f"stopped after {progress.encoded} images; the same command again encodes the others")
+        print_error(name, f"stopped after {progress.encoded} images; re-run the same command to resume")
         return 130
     for source, reason in list(report.failed.items())[:20]:
         print_error(name, reason, source)
     if not quiet or report.failed:
-        skipped = f", {report.skipped} skipped, which are up to date" if report.skipped else ""
-        failed = f", {len(report.failed)} failed" if report.failed else ""
-        print_error(name, f"{report.encoded} images encoded{skipped}{failed}; see {output.rstrip('/')}/{MANIFEST}")
+        counts = f"{report.encoded} encoded, {report.skipped} skipped (up to date), {len(report.failed)} failed"
+        print_error(name, f"{counts}; see {output.rstrip('/')}/{MANIFEST}")
     return 1 if report.failed else 0
 
 

@@ -44,7 +44,7 @@ def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
                 place: info for place, info in found.items() if PurePosixPath(place).suffix.lower() in IMAGE_SUFFIXES
             }
             if not images:
-                raise ClricError(f"the folder {name} contains no file that ends in {', '.join(IMAGE_SUFFIXES)}")
+                raise ClricError(f"{name}: no image files found")
             folder = path
         else:
             try:
@@ -59,7 +59,7 @@ def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
             if outputs.get(own) == source:  # it was named twice
                 continue
             if own in outputs:
-                raise ClricError(f"{outputs[own]} and {source} would both become {own}; rename one of them")
+                raise ClricError(f"{outputs[own]} and {source} would both be written to {own}")
             outputs[own] = source
             version = f"{info.get('size')} {next((info[key] for key in VERSION_KEYS if info.get(key)), None)}"
             files.append({"source": source, "output": own, "version": version})

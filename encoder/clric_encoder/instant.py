@@ -176,7 +176,7 @@ def _of_size(attempt: Callable[..., _Attempt], limit: int) -> tuple[_Attempt, st
         low, high, chosen = math.log(best.lmbda / 8), math.log(best.lmbda), best.chosen
     assert smallest is not None
     if best is None:
-        return smallest, f"target of {limit} bytes not reached: the smallest stream has {len(smallest.data)} bytes"
+        return smallest, f"target of {limit} bytes not reached: the minimum size is {len(smallest.data)} bytes"
     return best, f"target of {limit} bytes not reached: quality saturates at {len(best.data)} bytes"
 
 

@@ -107,7 +107,7 @@ def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None
     """
     if name.endswith(".onnx"):
         return _load_onnx_decoder(name, models)
-    autoencoder, from_hub = _find(name)
+    autoencoder, from_hub = _find(name, "image decoder")
     if autoencoder.kind in ("small", "lite"):
         return _load_onnx_decoder(name, models)
     path = None if from_hub else find_weights(autoencoder, "decoder", models)
@@ -475,10 +475,10 @@ def _tiny_vae(autoencoder: Autoencoder, path: Path) -> Any:
     return _load_diffusers(AutoencoderTiny, autoencoder, path)
 
 
-def _find(name: str) -> tuple[Autoencoder, bool]:
+def _find(name: str, called: str = "autoencoder") -> tuple[Autoencoder, bool]:
     """The autoencoder of ``NAME``, or that of ``NAME@REVISION`` and True: it is then to come from the hub alone."""
     base, at, revision = name.partition("@")
-    autoencoder = find_autoencoder(base)
+    autoencoder = find_autoencoder(base, called)
     if not at:
         return autoencoder, False
     if not revision:

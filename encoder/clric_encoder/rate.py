@@ -8,7 +8,7 @@ from clric_decoder.errors import ClricError
 
 DEFAULT_QUALITY = 75.0
 MIN_LAMBDA, MAX_LAMBDA = 1e-6, 1e6
-ONE_RATE = "lambda, quality, bytes and bpp are mutually exclusive; give one of them"
+ONE_RATE = "lmbda, quality, size and bpp are mutually exclusive; give one of them"
 
 
 def quality_to_lambda(quality: float) -> float:
@@ -33,7 +33,7 @@ class Rate:
         if sum(value is not None for value in (self.lmbda, self.size, self.bpp)) != 1:
             raise ClricError(ONE_RATE)
         if self.lmbda is not None and not MIN_LAMBDA <= self.lmbda <= MAX_LAMBDA:
-            raise ClricError(f"lambda must be {MIN_LAMBDA:g} to {MAX_LAMBDA:g}, not {self.lmbda:g}")
+            raise ClricError(f"lambda must be between 1e-6 and 1e6, not {self.lmbda:g}")
         if self.size is not None and self.size < 1:
             raise ClricError(f"the target size must be at least 1 byte, not {self.size}")
         if self.bpp is not None and not 0 < self.bpp <= 100:

@@ -103,7 +103,9 @@ def onnx(name: str, output: Path | None, models: Path | None, only_fp32: bool | 
     help="Training iterations of the decoder.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to train on."
+)
 @click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder to search for weights first.")
 def distill(
     teacher: str,
@@ -140,7 +142,7 @@ def distill(
             report=report,
         )
 
-    return _train(teacher, output, run)
+    return _train(output, run)
 
 
 @command.command()
@@ -193,9 +195,11 @@ def distill(
     type=click.Choice(["small", "large"]),
     default="small",
     show_default=True,
-    help="Size of the decoder. A large one is trained alone, for the latents of --start.",
+    help='Size of the decoder; "large" trains only a decoder and requires --start.',
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to train on."
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 def train(
     photos: Path,
@@ -242,7 +246,7 @@ def train(
             report=report,
         )
 
-    return _train(str(output), output, run)
+    return _train(output, run)
 
 
 @command.command()
@@ -261,7 +265,7 @@ def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
             from .network_sets import train_network_sets
         return [train_network_sets(photos, output, vae=vae, seed=seed, report=report)]
 
-    return _train(str(output), output, run)
+    return _train(output, run)
 
 
 @command.command()
@@ -325,14 +329,11 @@ def features(
         )
         return [file]
 
-    return _train(vae, output, run)
+    return _train(output, run)
 
 
-def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> int:
-    """A training: its reports go to standard error, the sizes of the files that it gives to standard output.
-
-    subject: what the line about an error begins with.
-    """
+def _train(output: Path, run: Callable[[Report], list[Path]]) -> int:
+    """A training: its reports go to standard error, the sizes of the files that it gives to standard output."""
 
     def work(_: str) -> None:
         from clric_decoder.image import take_over_pillow
@@ -345,7 +346,7 @@ def _train(subject: str, output: Path, run: Callable[[Report], list[Path]]) -> i
         for file in files:
             click.echo(f"{printable(str(file))}  {file.stat().st_size / 1e6:.2f} MB")
 
-    return for_each(NAME, [(subject,)], work)
+    return for_each(NAME, [("",)], work)
 
 
 def _export(name: str, folder: Path, models: Path | None, precisions: "Sequence[Precision]") -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from clric_decoder.errors import ClricError
 from clric_decoder.image import read_image
 from clric_decoder.latent import decode_latent
+from clric_decoder.terminal import IMAGE_SUFFIXES, list_inputs
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -29,6 +30,14 @@ COLOUR_SHARE, MIRROR_SHARE, FLIP_SHARE = 0.5, 0.5, 0.1
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?-+()&%$@#/"
 
 
+def list_photos(folder: Path) -> list[Path]:
+    """The image files of a folder, by their suffixes; streams and notes may lie beside them.
+
+    Raises ClricError where there are none.
+    """
+    return [Path(file) for file in list_inputs([str(folder)], IMAGE_SUFFIXES)]
+
+
 class Crops:
     """Augmented crops of the photos of a folder, and crops of their streams.
 
@@ -44,7 +53,7 @@ class Crops:
         self.side = side
         self.images: list[np.ndarray] = []
         self.coded: list[tuple[int, Tensor]] = []
-        files = sorted(file for file in folder.iterdir() if file.is_file())
+        files = list_photos(folder)
         for i in np.random.default_rng(seed).permutation(len(files)):
             image = read_image(files[i]).pixels
             if min(image.shape[:2]) < side:

@@ -37,6 +37,7 @@ from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim
 from PIL import Image
 from torch import Tensor, nn
 
+from .crops import list_photos
 from .losses import Lpips
 from .muon import Muon
 from .onnx import write_network
@@ -131,7 +132,7 @@ def distill(
         _load_start(encoder, start, folder, "encoder")
 
     data = Photos(photos, source.name, encode, decode, folder / "latents", streams, seed)
-    report(f"{len(data.images)} photos, {sum(len(latents) - 1 for latents in data.latents)} streams of them")
+    report(f"{len(data.images)} photos ({sum(len(latents) - 1 for latents in data.latents)} with streams)")
     name = "lite" if source.space == "sd1" else f"lite-{source.space}"
 
     settings = Settings(iterations, seed)
@@ -183,7 +184,7 @@ class Photos:
         self.images: list[Tensor] = []
         self.taught: list[Tensor] = []
         self.latents: list[list[Tensor]] = []
-        files = sorted(file for file in folder.iterdir() if file.is_file())
+        files = list_photos(folder)
         for i in np.random.default_rng(seed).permutation(len(files)):
             file = files[i]
             image = _reduced(read_image(file).pixels)
@@ -361,7 +362,7 @@ def _train(
         except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
             raise ModelError(f"{checkpoint} cannot be read ({brief(error)}); delete it to start over") from error
         if state["settings"] != asdict(settings):
-            raise ModelError(f"{checkpoint} belongs to a run with other settings; choose another folder")
+            raise ModelError(f"{checkpoint} was made with different settings; choose another folder")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["iteration"]

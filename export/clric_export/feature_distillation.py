@@ -25,6 +25,8 @@ from clric_encoder.training.features import FeatureNetwork, LpipsVgg, Perceptual
 from PIL import Image
 from torch import Tensor, nn
 
+from .crops import list_photos
+
 # A crop in pixels, and the part of it that is compared, at a place that does not follow the decoder's raster of 8.
 CROP, COMPARED = 128, 112
 
@@ -80,7 +82,7 @@ def distill_features(
     RGB, with frozen weights and without a clamp. Raises ClricError and OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(file for file in photos.iterdir() if file.is_file())
+    files = list_photos(photos)
     if len(files) <= 2 * HELD_OUT:
         raise ClricError(f"{photos} contains only {len(files)} photos; hundreds are needed")
     files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]

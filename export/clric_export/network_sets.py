@@ -24,6 +24,8 @@ from clric_encoder.model.grid_layout import GridLayout
 from PIL import Image
 from torch import Tensor
 
+from .crops import list_photos
+
 # Photos are reduced to this long side.
 LONG_SIDE = 768
 
@@ -49,7 +51,7 @@ def train_network_sets(
     """
     encoder = load_encoder(vae)
     latents = []
-    for file in sorted(file for file in photos.iterdir() if file.is_file()):
+    for file in list_photos(photos):
         image = Image.fromarray(read_image(file).pixels)
         image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
         latent = torch.from_numpy(encoder.encode(np.asarray(image)))

@@ -165,10 +165,10 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if decoder == "large" and start is None:
-        raise ClricError("a large decoder is trained for the latents of another run; name its checkpoint")
+        raise ClricError("a large decoder is trained for the latents of another run; name its checkpoint (--start)")
     settings = Settings(channels, seed, crop, crops, learning_rate, decoder)
     run = _Run(settings, Crops(photos, crop, seed, streams), lpips, torch.device(device))
-    report(f"{len(run.data.images)} photos, {len(run.data.coded)} streams of them, {run.dtype} on {device}")
+    report(f"{len(run.data.images)} photos ({len(run.data.coded)} with streams), {run.dtype} on {device}")
     checkpoint = folder / "checkpoint.pt"
     if start is not None:
         run.start_from(start)
@@ -283,7 +283,7 @@ class _Run:
             for network in (self.model, self.average):
                 network.load_state_dict(weights)
         except RuntimeError as error:
-            raise ModelError(f"{checkpoint} is of other networks ({brief(error)})") from error
+            raise ModelError(f"{checkpoint} does not match this architecture ({brief(error)})") from error
 
     def load(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint, if it is there. Raises ModelError for a damaged one and one of other settings."""
@@ -291,7 +291,7 @@ class _Run:
             return
         state = _read(checkpoint)
         if state["settings"] != asdict(self.settings):
-            raise ModelError(f"{checkpoint} belongs to a run with other settings; choose another folder")
+            raise ModelError(f"{checkpoint} was made with different settings; choose another folder")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -82,6 +82,8 @@ def test_a_folder_of_streams(run: Run, tmp_path: Path, file: Path, stream: bytes
     assert [json.loads(line)["file"] for line in lines] == ["in/a.clric", "in/b.clric", "photo.clric"]
     assert run("clric-dec", "in", "-o", "out", *toy).returncode == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.png"]
+    assert_one_line(run("clric-dec", "in", "out/", *toy), 1, "2 outputs exist; overwrite them with --force")
+    assert run("clric-dec", "in", "out/", "--force", *toy).returncode == 0
     (tmp_path / "one").mkdir()
     (tmp_path / "one/d.clric").write_bytes(stream)
     assert run("clric-dec", "one", "-o", "more", *toy).returncode == 0
@@ -91,7 +93,7 @@ def test_a_folder_of_streams(run: Run, tmp_path: Path, file: Path, stream: bytes
 def test_a_latent_replaces_nothing_of_another_suffix(run: Run, tmp_path: Path, file: Path) -> None:
     (tmp_path / "keep.png").write_bytes(b"the only copy")
     result = run("clric-dec", file.name, "--latent", "keep.png")
-    assert_one_line(result, 2, "the output keep.png does not end in .npy", "--force")
+    assert_one_line(result, 2, "keep.png: the output does not end in .npy", "--force")
     assert (tmp_path / "keep.png").read_bytes() == b"the only copy"
     assert run("clric-dec", file.name, "--latent", "keep.png", "--force").returncode == 0
     assert np.load(tmp_path / "keep.png").shape == (4, 5, 6)
@@ -109,7 +111,9 @@ def test_a_stream_that_another_decoder_shows_is_said(
     file.write_bytes(make_stream(45, 33, image_decoder=1))
     result = run("clric-dec", file.name, *toy)
     assert (result.returncode, file.with_suffix(".png").exists()) == (0, True)
-    assert result.stderr == b"clric-dec: photo.clric: note: trained for the image decoder lite, shown by toy\n"
+    assert result.stderr == (
+        b"clric-dec: photo.clric: note: the stream was tuned for image decoder lite, decoding with toy\n"
+    )
     file.with_suffix(".png").unlink()
     result = run("clric-dec", file.name)  # lite, which comes with clric
     assert (result.returncode, result.stderr) == (0, b"")
@@ -128,7 +132,8 @@ def test_other_weights_by_the_name_of_a_streams_decoder_are_not_taken_for_it(
     assert (result.returncode, result.stderr) == (0, b"")
     result = run("clric-dec", file.name, "by_name.png", "--models", "models", "--vae", "lite")
     assert result.returncode == 0
-    note = f"note: trained for the image decoder lite, shown by other weights of it (SHA-256 {manifest['sha256'][:16]})"
+    weights = f"other weights of it (SHA-256 {manifest['sha256'][:16]})"
+    note = f"note: the stream was tuned for image decoder lite, decoding with {weights}"
     assert result.stderr.decode() == f"clric-dec: photo.clric: {note}\n"
     shown = [pixels((file.parent / name).read_bytes()) for name in ("by_default.png", "by_name.png")]
     np.testing.assert_array_equal(shown[0], decode(file.read_bytes(), vae="lite"))
@@ -200,7 +205,7 @@ def test_info_of_a_name_that_is_no_utf8(run: Run, tmp_path: Path, stream: bytes)
 def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path, stream: bytes) -> None:
     name, shown = "a\x1b[31m\n\x9b\u202eb.clric", "a\\x1b[31m\\x0a\\x9b\\u202eb.clric"
     assert_one_line(run("clric-dec", name), 1, f"clric-dec: {shown}: No such file or directory")
-    assert_one_line(run("clric-dec", name, "-o", name), 2, "the output of a\\x1b[31m ", "is an input")
+    assert_one_line(run("clric-dec", name, "-o", name), 2, "output a\\x1b[31m ", " is also an input")
     (tmp_path / name).write_bytes(b"text")
     assert_one_line(run("clric-dec", name), 1, f"clric-dec: {shown}: ")
     (tmp_path / name).write_bytes(stream)
@@ -264,9 +269,11 @@ def test_bad_streams(run: Run, file: Path, toy: list[str], name: str, option: li
 
 def test_bad_inputs(run: Run, tmp_path: Path, toy: list[str]) -> None:
     (tmp_path / "folder").mkdir()
-    assert_one_line(run("clric-dec", "folder", *toy), 2, "the folder folder contains no file that ends in .clric")
+    assert_one_line(run("clric-dec", "folder", *toy), 1, "folder: no .clric files found")
     assert_one_line(run("clric-dec", "gone.clric", *toy), 1, "gone.clric: No such file or directory")
-    assert_one_line(run("clric-dec", "/dev/zero", "--max-pixels", "99"), 1, "/dev/zero: longer than the limit")
+    assert_one_line(
+        run("clric-dec", "/dev/zero", "--max-pixels", "99"), 1, "/dev/zero: file too large (limit 1048576 bytes)"
+    )
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path, file: Path) -> None:
@@ -280,11 +287,15 @@ def test_bad_command_lines(run: Run, tmp_path: Path, file: Path) -> None:
     for place in ("-", "out.png"):
         result = run("clric-dec", file.name, "--latent", place, "-o", place, "--force")
         assert_one_line(result, 2, f"the image and the latent would both be written to {place}")
-    assert_one_line(run("clric-dec", file.name, "-o", file.name), 2, "is an input")
-    assert_one_line(run("clric-dec", file.name, "-", "-o", "-"), 2, "is the output of photo.clric already")
+    assert_one_line(run("clric-dec", file.name, "-o", file.name), 2, "output photo.clric is also an input")
+    assert_one_line(run("clric-dec", file.name, "-", "-o", "-"), 2, "photo.clric and - would both be written to -")
+    assert_one_line(run("clric-dec", "photo.png"), 2, "photo.png: not a .clric file")
+    for options in ([file.name, "x.xyz"], [".", "x.png"], [file.name, file.name, "x.png"]):
+        result = run("clric-dec", *options)
+        assert_one_line(result, 2, "x.xyz: no such file" if "x.xyz" in options else "need an output folder: -o DIR")
     (tmp_path / "other").mkdir()
     same = run("clric-dec", file.name, f"other/{file.name}", "-o", "out")
-    assert_one_line(same, 2, "out/photo.png, is the output of photo.clric already")
+    assert_one_line(same, 2, "photo.clric and other/photo.clric would both be written to out/photo.png")
     assert not (tmp_path / "out").exists()
 
 
@@ -303,10 +314,12 @@ def test_bad_choices(run: Run, file: Path, toy: list[str], make_stream: Callable
 def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
     name = file.name
     full = "cannot be written (No space left on device)"
-    assert_one_line(run("clric-dec", name, *toy, "-o", "gone/x.png"), 1, "gone/x.png: cannot be written (No such")
+    assert_one_line(run("clric-dec", name, *toy, "-o", "gone/x.png"), 1, "gone/x.png: the output folder does not exist")
     assert_one_line(run("clric-dec", name, "--latent", "/dev/full"), 1, f"/dev/full: {full}")
     assert_one_line(run("clric-dec", name, *toy, "-o", f"{name}/x.png"), 1, f"{name}/x.png: cannot be written")
-    assert_one_line(run("clric-dec", name, *toy, "-o", f"{name}/"), 2, f"the folder {name}/ cannot be created")
+    assert_one_line(
+        run("clric-dec", name, *toy, "-o", f"{name}/"), 1, f"{name}/: the folder cannot be created (File exists)"
+    )
     with open("/dev/full", "wb") as device:
         assert_one_line(run("clric-dec", name, *toy, "-o", "-", stdout=device), 1, full)
         assert_one_line(run("clric-dec", name, "--info", stdout=device), 1, full)

@@ -28,7 +28,7 @@ def test_a_large_limit_takes_no_memory(tmp_path: Path, source: str) -> None:
 def test_the_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "input").write_bytes(bytes(3 << 20))
     assert len(read_input(tmp_path / "input", 3 << 20)) == 3 << 20
-    with pytest.raises(ClricError, match="input: longer than the limit of 3145727 bytes"):
+    with pytest.raises(ClricError, match=r"input: file too large \(limit 3145727 bytes\)"):
         read_input(tmp_path / "input", (3 << 20) - 1)
 
 

@@ -218,8 +218,8 @@ def bad_files(folder: Path) -> dict[str, str]:
         "cut.jpg": "truncated",
         "cut.png": "truncated",
         "flipped.png": "",
-        "text.png": "not an image",
-        "empty.png": "not an image",
+        "text.png": "unsupported or unrecognised image format",
+        "empty.png": "unsupported or unrecognised image format",
         "bomb.png": "limit",
         "missing.png": "No such file or directory",
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import clric
+import clric_encoder
 import matplotlib
 import numpy as np
 import pytest
@@ -129,8 +130,37 @@ def test_other_types_are_refused_by_name(photo: Image.Image) -> None:
     for function in (clric.decode, clric.decode_latent, clric.read_header):
         with pytest.raises(TypeError, match="a stream must be bytes, a memoryview or a path, not ndarray"):
             function(np.zeros(8, np.uint8))
-    with pytest.raises(TypeError, match="size must be a number, not str"):
-        clric.encode(photo, size="8kB")
+    for name, value, message in (
+        ("size", "8kB", "size must be a number, not str"),
+        ("vae", 5, "vae must be a name or a path, not int"),
+        ("tune", None, "tune must be a name or a path, not NoneType"),
+        ("models", 5, "models must be a path, not int"),
+        ("preset", ["fast"], "preset must be a string, not list"),
+        ("device", 0, "device must be a string, not int"),
+        ("seed", "1", "seed must be an integer, not str"),
+        ("metadata", [1], "metadata must be a dict, not list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            clric.encode(photo, **{name: value})
+    with pytest.raises(TypeError, match="metadata 'exif' must be bytes, not str"):
+        clric.encode(np.asarray(photo), metadata={"exif": "text"})
+    with pytest.raises(clric.ClricError, match="metadata 'foo' is not known; use icc_profile, exif, xmp"):
+        clric.encode(np.asarray(photo), metadata={"foo": b""})
+    for name, value, message in (
+        ("vae", 5, "vae must be a name or a path, not int"),
+        ("models", 5, "models must be a path, not int"),
+        ("provider", None, "provider must be a string, not NoneType"),
+        ("max_pixels", "x", "max_pixels must be an integer, not str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            clric.decode(b"", **{name: value})
+    with pytest.raises(TypeError, match="size must be an integer, not str"):
+        clric.read_header(b"", size="1")
+
+
+def test_an_autoencoder_by_path(photo: Image.Image) -> None:
+    path = Path(clric_encoder.__file__).parent / "weights" / "small_encoder.onnx"
+    assert clric.encode(photo, preset="instant", vae=path) == encode_instantly(photo)
 
 
 def test_errors_name_the_file(make_stream: MakeStream, tmp_path: Path) -> None:
@@ -140,7 +170,7 @@ def test_errors_name_the_file(make_stream: MakeStream, tmp_path: Path) -> None:
         with pytest.raises(clric.StreamError) as caught:
             function(path)
         assert caught.value.kind == "checksum"
-        assert str(caught.value).startswith(f"{path}: the checksum does not match")
+        assert str(caught.value).startswith(f"{path}: checksum mismatch")
         with pytest.raises(clric.ClricError, match=r"gone\.clric: No such file or directory"):
             function(tmp_path / "gone.clric")
     with pytest.raises(clric.ImageError, match=r"gone\.png: No such file or directory"):
@@ -180,6 +210,12 @@ def test_library_that_one_autoencoder_needs_is_named(photo: Image.Image, tmp_pat
     )
     message = python(code, tmp_path).stderr.splitlines()[-1]
     assert "ClricError: diffusers is not installed; run: pip install 'clric[vae]'" in message
+
+
+def test_a_preset_that_is_not_known_is_said_with_all_that_are(photo: Image.Image) -> None:
+    message = "preset 'nope' is not known; use one of instant, fast, default, slow, paper"
+    with pytest.raises(clric.ClricError, match=message):
+        clric.encode(photo, preset="nope")
 
 
 def test_preset_instant_refuses_what_it_would_ignore(photo: Image.Image) -> None:
@@ -225,4 +261,4 @@ def test_module_runs_the_commands(photo: Image.Image, tmp_path: Path) -> None:
     assert run().stdout.startswith("usage: python -m clric enc")
     unknown = run("decode", "photo.clric")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert unknown.stderr.startswith("clric: 'decode' is no command: use enc or dec")
+    assert unknown.stderr.startswith("clric: unknown command 'decode' (use enc or dec)")

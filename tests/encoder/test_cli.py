@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clric_decoder import decode_latent, read_header
-from clric_encoder import cli
+from clric_encoder import batch_encoder, cli
+from clric_encoder.batch_encoder import Settings
+from clric_encoder.rate import Rate
+from clric_encoder.up_to_date import made_of
 from commands import assert_one_line
 from PIL import Image
 
@@ -44,23 +47,24 @@ def test_one_pixel_through_pipes(run: Run) -> None:
     header = read_header(result.stdout)
     assert (header.width, header.height, header.space) == (1, 1, "clric")
     assert np.isfinite(decode_latent(result.stdout)).all()
-    assert result.stderr.decode().startswith(f"- -> -: {len(result.stdout)} bytes, ")
+    assert result.stderr.decode().startswith(f"stdin -> stdout: {len(result.stdout)} bytes, ")
     assert result.stderr.count(b"\n") == 1
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "a\x1b[31m.png", 8, 8)
+    (tmp_path / "b\nc.png").write_text("text")
     result = run("clric-enc", "a\x1b[31m.png", "b\nc.png", "--preset", "fast")
     lines = result.stderr.decode().splitlines()
     assert lines[0].startswith("a\\x1b[31m.png -> a\\x1b[31m.clric: ")
-    assert lines[1:] == ["clric-enc: b\\x0ac.png: No such file or directory"]
+    assert lines[1:] == ["clric-enc: b\\x0ac.png: unsupported or unrecognised image format"]
 
 
 def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("just some text\n")
     write_photo(tmp_path / "photo.png")
     result = run("clric-enc", "text.png", "photo.png", "--json", "--quality", "20")
-    assert_one_line(result, 1, "text.png: not an image")
+    assert_one_line(result, 1, "text.png: unsupported or unrec")
     names = sorted(entry.name for entry in tmp_path.iterdir())
     assert names == [".clric-settings.json", "photo.clric", "photo.png", "text.png"]
     facts = json.loads(result.stdout)
@@ -126,7 +130,7 @@ def test_images_of_one_size_are_trained_together_and_the_error_is_last(run: Run,
     result = run("clric-enc", "in", "-o", "out", "--preset", "fast")
     lines = result.stderr.decode().splitlines()
     assert result.returncode == 1
-    assert lines[-1].startswith("clric-enc: in/bad.png: not an image")
+    assert lines[-1].startswith("clric-enc: in/bad.png: unsupported or unrec")
     assert [line.split(" -> ")[0] for line in lines[:-1]] == ["in/0.png", "in/2.png", "in/1.png"]
     streams = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.clric")}
     assert sorted(streams) == ["0.clric", "1.clric", "2.clric"]
@@ -165,6 +169,27 @@ def test_a_folder_is_encoded_once_and_what_has_changed_again(run: Run, tmp_path:
         "clric-enc: in/0.png: out/0.clric exists; overwrite it with --force, or name the output with -o"
     )
     assert (tmp_path / "out/0.clric").read_bytes() == b"the only copy"
+    (tmp_path / "out/1.clric").write_bytes(b"the only copy")
+    result = run("clric-enc", *arguments)
+    lines = result.stderr.decode().splitlines()
+    assert (result.returncode, lines[-2]) == (
+        1,
+        "clric-enc: 2 outputs exist; overwrite them with --force, or choose a folder with -o",
+    )
+
+
+def test_streams_are_out_of_date_when_a_file_that_an_option_names_or_clric_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "decoder.onnx"
+    settings = Settings(Rate(1.0), tune=str(file))
+    digests = [settings.of_streams()]  # a file that is missing is said when it is used
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        digests.append(settings.of_streams())
+    monkeypatch.setattr(batch_encoder, "version", lambda name: "0.9")
+    digests.append(settings.of_streams())
+    assert len({made_of(digest, "") for digest in digests}) == 4
 
 
 def test_a_name_that_nobody_gave_replaces_no_file(run: Run, tmp_path: Path) -> None:
@@ -185,9 +210,11 @@ def test_a_stream_replaces_nothing_of_another_suffix(run: Run, tmp_path: Path) -
     keep = write_photo(tmp_path / "keep.png")
     before = keep.read_bytes()
     quick = ["photo.png", "--preset", "instant"]
-    assert_one_line(run("clric-enc", *quick, "-o", "keep.png"), 2, "keep.png does not end in .clric", "--force")
+    assert_one_line(
+        run("clric-enc", *quick, "-o", "keep.png"), 2, "keep.png: the output does not end in .clric", "--force"
+    )
     assert keep.read_bytes() == before
-    assert_one_line(run("clric-enc", *quick, "-o", "photo.png", "--force"), 2, "is an input")
+    assert_one_line(run("clric-enc", *quick, "-o", "photo.png", "--force"), 2, "is also an input")
     assert photo.read_bytes() == before
     assert run("clric-enc", *quick, "-o", "keep.png", "--force").returncode == 0
     assert read_header(keep.read_bytes()).width == 24
@@ -209,6 +236,33 @@ def test_input_and_output_as_other_codecs_have_them(run: Run, tmp_path: Path) ->
     assert {"photo.clric", "other.clric"} < set(os.listdir(tmp_path))
 
 
+def test_an_output_of_a_wrong_form_writes_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("photo.png", "other.png", "in/third.png"):
+        write_photo(tmp_path / name)
+    quick = ["--preset", "instant"]
+    for name in ("q.png", "new.jxl", "out"):
+        result = run("clric-enc", "photo.png", name, *quick)
+        assert_one_line(result, 2, f"{name}: no such file; an output must end in .clric (or name it with -o)")
+    result = run("clric-enc", "photo.png", "other.png", "one.clric", *quick)
+    assert_one_line(result, 2, "several inputs need an output folder: -o DIR")
+    for inputs in (["in"], ["photo.png", "other.png", "-o"]):
+        result = run("clric-enc", *inputs, "one.clric", *quick)
+        assert_one_line(result, 2, "several inputs need an output folder: -o DIR, or one.clric/ for a folder")
+    assert_one_line(run("clric-enc", "x.clric", *quick), 2, "x.clric: not an image file")
+    assert sorted(os.listdir(tmp_path)) == ["in", "other.png", "photo.png"]
+    for _ in range(2):  # a folder that is there already is the output too
+        assert run("clric-enc", "photo.png", "out/", *quick).returncode == 0
+    assert run("clric-enc", "photo.png", "in/", *quick).returncode == 0  # but not one of images
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.clric")) == [
+        "in/third.clric",
+        "out/photo.clric",
+        "photo.clric",
+    ]
+    assert run("clric-enc", "in", "one.clric/", *quick).returncode == 0
+    assert (tmp_path / "one.clric/third.clric").is_file()
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("5000", 5000), ("8kB", 8000), ("8KiB", 8192), ("8 kib", 8192), ("1.5MB", 1_500_000), ("2Mi", 2 << 20)],
@@ -222,6 +276,8 @@ def test_verbose_says_how_long_each_stage_took(run: Run, tmp_path: Path) -> None
     lines = run("clric-enc", "photo.png", "--preset", "fast", "-v").stderr.decode().splitlines()
     stages = "autoencoder", r"training 1/1", "quantising networks", "tuning"
     assert re.fullmatch("clric-enc: " + ".*".join(f"{stage} [0-9.]+ s" for stage in stages), lines[1])
+    lines = run("clric-enc", "photo.png", "--preset", "instant", "-v", "-f").stderr.decode().splitlines()
+    assert re.fullmatch("clric-enc: encoding [0-9.]+ s", lines[1])
     assert_one_line(run("clric-enc", "photo.png", "-v", "-q"), 2, "mutually exclusive")
 
 
@@ -233,10 +289,12 @@ def test_a_size_that_is_asked_for(run: Run, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
     assert 0.97 * 700 <= json.loads(result.stdout)["bytes"] <= 700
     assert (tmp_path / "photo.clric").stat().st_size == json.loads(result.stdout)["bytes"]
-    for target, words in (("10", "target of 10 bytes not reached: the smallest"), ("1MB", "quality saturates at")):
+    for target, words in (("10", "target of 10 bytes not reached: the minimum"), ("1MB", "quality saturates at")):
         result = run("clric-enc", "photo.png", "--bytes", target, "--preset", "fast", "--json", "-f")
         assert_one_line(result, 0, "photo.png: ", words)
         assert json.loads(result.stdout)["bytes"] > 10
+    result = run("clric-enc", "photo.png", "--bytes", "10", "--preset", "instant", "-q", "-f")
+    assert (result.returncode, result.stderr) == (0, b"")  # a warning, as others are
 
 
 def test_help_does_not_load_torch(tmp_path: Path) -> None:
@@ -264,8 +322,8 @@ def bad_images(folder: Path) -> dict[str, str]:
         "large.png": "truncated",
         "larger.png": "truncated",
         "cut.png": "truncated",
-        "text.png": "not an image",
-        "empty.jpg": "not an image",
+        "text.png": "unsupported or unrecognised image format",
+        "empty.jpg": "unsupported or unrecognised image format",
         "wide.png": "70000",
         "missing.png": "No such file or directory",
     }
@@ -275,9 +333,11 @@ def test_bad_images(run: Run, tmp_path: Path) -> None:
     for name, reason in bad_images(tmp_path).items():
         assert_one_line(run("clric-enc", name), 1, f"clric-enc: {name}: ", reason)
     (tmp_path / "folder.png").mkdir()
-    assert_one_line(run("clric-enc", "folder.png"), 2, "the folder folder.png contains no file that ends in .avif")
+    assert_one_line(run("clric-enc", "folder.png"), 1, "folder.png: no image files found")
     assert not list(tmp_path.rglob("*.clric*"))
-    assert_one_line(run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: not an image")
+    assert_one_line(
+        run("clric-enc", "-", "-o", "x.clric", input=b"text"), 1, "-: unsupported or unrecognised image format"
+    )
 
 
 def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
@@ -285,22 +345,26 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     before = photo.read_bytes()
     assert_one_line(run("clric-enc"), 2, "IN...")
     assert_one_line(run("clric-enc", photo.name, "--quality", "101"), 2, "--quality", "101")
-    assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, "give one of them")
-    assert_one_line(run("clric-enc", photo.name, "--bpp", "1", "--bytes", "9"), 2, "give one of them")
+    exclusive = "--lambda, --quality, --bytes and --bpp are mutually exclusive"
+    assert_one_line(run("clric-enc", photo.name, "--quality", "5", "--lambda", "1"), 2, exclusive)
+    assert_one_line(run("clric-enc", photo.name, "--bpp", "1", "--bytes", "9"), 2, exclusive)
     for value in ("0", "-1", "nan", "101"):
-        assert_one_line(run("clric-enc", photo.name, "--bpp", value), 2, "bpp must be above 0 and at most 100")
+        assert_one_line(run("clric-enc", photo.name, "--bpp", value), 2, "--bpp must be above 0 and at most 100")
     for value in ("0", "-5", "8kb8", "many"):
         assert_one_line(run("clric-enc", photo.name, "--bytes", value), 2, "--bytes", value)
+    assert_one_line(run("clric-enc", photo.name, "--bytes", "5GB"), 2, "5GB is out of range", "1 byte and 1000MB")
     for value in ("0", "-1", "nan", "1e7"):
-        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "lambda must be 1e-06 to 1e+06")
+        assert_one_line(run("clric-enc", photo.name, "--lambda", value), 2, "--lambda must be between 1e-6 and 1e6")
     assert_one_line(run("clric-enc", photo.name, "--seed", "9" * 20), 2, "--seed", "4294967295")
     assert_one_line(run("clric-enc", photo.name, "--preset", "nonsense"), 2, "nonsense", "default", "paper")
     assert_one_line(run("clric-enc", photo.name, "--device", "tpu"), 2, "tpu", "cuda")
     for place in ("photo.png", "./photo.png"):
-        assert_one_line(run("clric-enc", photo.name, "-o", place, "--force"), 2, "is an input")
+        assert_one_line(run("clric-enc", photo.name, "-o", place, "--force"), 2, "is also an input")
     assert_one_line(run("clric-enc", photo.name, "-o", "-", "--json"), 2, "standard output")
     write_photo(tmp_path / "photo.jpg")
-    assert_one_line(run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.clric", "output of photo.png already")
+    assert_one_line(
+        run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.png and photo.jpg would both be written to photo.clric"
+    )
     assert photo.read_bytes() == before
     assert not list(tmp_path.rglob("*.clric*"))
 
@@ -309,13 +373,16 @@ def test_missing_weights_and_unknown_autoencoder(run: Run, tmp_path: Path) -> No
     write_photo(tmp_path / "photo.png")
     assert_one_line(run("clric-enc", "photo.png", "--vae", "taesd"), 1, "photo.png: ", "taesd_encoder.safetensors")
     assert_one_line(run("clric-enc", "photo.png", "--vae", "nonsense"), 1, "photo.png: ", "nonsense")
-    assert_one_line(run("clric-enc", "photo.png", "--models", "gone"), 1, "gone")
+    assert_one_line(run("clric-enc", "photo.png", "--models", "gone"), 1, "gone: no such folder (--models)")
+    assert_one_line(run("clric-enc", "photo.png", "--tune", "nonsense"), 1, "image decoder 'nonsense' is not known")
+    instant = run("clric-enc", "photo.png", "--preset", "instant", "--vae", "lite")
+    assert_one_line(instant, 1, "preset instant needs the autoencoder small or an .onnx encoder (--vae)")
 
 
 def test_outputs_that_cannot_be_written_are_said_before_the_training(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png")
     result = run("clric-enc", "photo.png", "-o", "gone/x.clric", timeout=20)
-    assert_one_line(result, 1, "gone/x.clric: cannot be written (No such file or directory)")
+    assert_one_line(result, 1, "gone/x.clric: the output folder does not exist")
     result = run("clric-enc", "photo.png", "-o", "photo.png/x.clric", timeout=20)
     assert_one_line(result, 1, "photo.png/x.clric: cannot be written (Not a directory)")
 

@@ -84,7 +84,7 @@ def test_sizes_that_are_asked_for() -> None:
     for bpp in (0.1, 0.3):
         data = coded(latent, None, bpp=bpp, preset="fast")
         assert 0.97 * bpp * pixels / 8 <= len(data) <= bpp * pixels / 8
-    with pytest.warns(UserWarning, match="target of 10 bytes not reached: the smallest stream has"):
+    with pytest.warns(UserWarning, match="target of 10 bytes not reached: the minimum size is"):
         assert len(coded(latent, None, size=10)) < 200
     with pytest.warns(UserWarning, match="target of 100000 bytes not reached: quality saturates at"):
         assert error(coded(latent, None, size=100_000), latent) < 0.01
@@ -402,7 +402,7 @@ def test_flat_latent_costs_almost_nothing() -> None:
         ({"latent": np.zeros((16, 2, 2), np.float32)}, r"must be \(4, 2, 2\)"),
         ({"space": "sd9"}, "'sd9' is not known"),
         ({"space": "custom-12"}, "16 hex digits"),
-        ({"preset": "best"}, "use one of fast, default, slow, paper"),
+        ({"preset": "best"}, "use one of instant, fast, default, slow, paper"),
         ({"device": "tpu"}, "use auto, cpu or cuda"),
     ],
 )

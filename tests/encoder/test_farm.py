@@ -112,7 +112,10 @@ def test_a_killed_worker_and_a_lost_node_cost_nothing_else(cluster: Any, tmp_pat
         wait_for(lambda: len(streams(tmp_path / "out")) >= 8)
         cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
         message = process.stderr.read()
-    assert (process.returncode, message) == (0, f"clric-enc: 24 images encoded; see {tmp_path}/out/manifest.jsonl\n")
+    assert (process.returncode, message) == (
+        0,
+        f"clric-enc: 24 encoded, 0 skipped (up to date), 0 failed; see {tmp_path}/out/manifest.jsonl\n",
+    )
     assert streams(tmp_path / "out") == streams(tmp_path / "local")
     lines = manifest(tmp_path / "out")
     assert len(lines) == 24
@@ -149,7 +152,7 @@ def test_an_image_that_kills_its_worker_is_listed_after_three_times(cluster: Any
     reason = "its worker was lost 3 times (killed, out of memory, or with its node)"
     assert message.splitlines()[-2:] == [
         f"clric-enc: {large}: {reason}",
-        f"clric-enc: 4 images encoded, 1 failed; see {tmp_path}/out/manifest.jsonl",
+        f"clric-enc: 4 encoded, 0 skipped (up to date), 1 failed; see {tmp_path}/out/manifest.jsonl",
     ]
     errors = {name: line["error"] for name, line in manifest(tmp_path / "out").items()}
     assert errors == {f"{number:02d}.png": None for number in range(4)} | {"large.png": reason}
@@ -163,14 +166,14 @@ def test_on_this_machine_what_is_up_to_date_is_skipped_and_what_is_bad_is_listed
     (tmp_path / "in" / "notes.txt").write_text("not listed")
     command = (tmp_path / "in", "-o", tmp_path / "out", "--preset", "instant", "--json", "--ray")
     end = f"see {tmp_path}/out/manifest.jsonl"
-    bad = f"clric-enc: {tmp_path}/in/deep/text.jpg: not an image in a format that Pillow reads"
+    bad = f"clric-enc: {tmp_path}/in/deep/text.jpg: unsupported or unrecognised image format"
 
     first = encode(*command)
     assert first.returncode == 1
-    assert first.stderr.splitlines() == [bad, f"clric-enc: 4 images encoded, 1 failed; {end}"]
+    assert first.stderr.splitlines() == [bad, f"clric-enc: 4 encoded, 0 skipped (up to date), 1 failed; {end}"]
     lines = {Path(line["source"]).name: line for line in map(json.loads, first.stdout.splitlines())}
     assert lines == manifest(tmp_path / "out")
-    assert lines["text.jpg"]["error"] == "not an image in a format that Pillow reads"
+    assert lines["text.jpg"]["error"] == "unsupported or unrecognised image format"
     before = streams(tmp_path / "out")
     assert set(before) == {f"{number:02d}.clric" for number in range(4)}
     assert lines["00.png"]["sha256"] == hashlib.sha256((tmp_path / "in/00.png").read_bytes()).hexdigest()
@@ -180,17 +183,17 @@ def test_on_this_machine_what_is_up_to_date_is_skipped_and_what_is_bad_is_listed
     (tmp_path / "in" / "01.png").write_bytes((tmp_path / "in" / "03.png").read_bytes())
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "deep" / "text.jpg")
     second = encode(*command)
-    message = f"clric-enc: 3 images encoded, 2 skipped, which are up to date; {end}\n"
+    message = f"clric-enc: 3 encoded, 2 skipped (up to date), 0 failed; {end}\n"
     assert (second.returncode, second.stderr) == (0, message)
     after = streams(tmp_path / "out")
     assert after == before | {"01.clric": before["03.clric"]}
     assert (tmp_path / "out" / "deep" / "text.clric").is_file()
 
     third = encode(*command)
-    message = f"clric-enc: 0 images encoded, 5 skipped, which are up to date; {end}\n"
+    message = f"clric-enc: 0 encoded, 5 skipped (up to date), 0 failed; {end}\n"
     assert (third.returncode, third.stdout, third.stderr) == (0, "", message)
     fourth = encode(*command[:-1], "--quality", "20", "--ray")
-    assert (fourth.returncode, fourth.stderr) == (0, f"clric-enc: 5 images encoded; {end}\n")
+    assert (fourth.returncode, fourth.stderr) == (0, f"clric-enc: 5 encoded, 0 skipped (up to date), 0 failed; {end}\n")
     assert streams(tmp_path / "out") != after
 
 
@@ -209,14 +212,13 @@ def test_after_ctrl_c_a_second_run_goes_on(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
     assert process.returncode == 130
     known = len(manifest(tmp_path / "out"))
-    assert message == (f"clric-enc: stopped after {known} images; the same command again encodes the others\n")
+    assert message == (f"clric-enc: stopped after {known} images; re-run the same command to resume\n")
     assert not workers()
     assert 4 <= known < 24
     second = encode(*command[1:])
     assert (second.returncode, second.stderr) == (
         0,
-        f"clric-enc: {24 - known} images encoded, {known} skipped, which are up to date;"
-        f" see {tmp_path}/out/manifest.jsonl\n",
+        f"clric-enc: {24 - known} encoded, {known} skipped (up to date), 0 failed; see {tmp_path}/out/manifest.jsonl\n",
     )
     assert len(streams(tmp_path / "out")) == len(manifest(tmp_path / "out")) == 24
 
@@ -252,8 +254,8 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     first = encode(*command)
     assert first.returncode == 1
     assert first.stderr.splitlines() == [
-        "clric-enc: s3://photos/holiday/bad.png: not an image in a format that Pillow reads",
-        "clric-enc: 4 images encoded, 1 failed; see s3://photos/out/manifest.jsonl",
+        "clric-enc: s3://photos/holiday/bad.png: unsupported or unrecognised image format",
+        "clric-enc: 4 encoded, 0 skipped (up to date), 1 failed; see s3://photos/out/manifest.jsonl",
     ]
     assert encode(*photos, "-o", f"{tmp_path}/local/", *FAST).returncode == 0
     names = [content["Key"] for content in s3.list_objects_v2(Bucket="photos", Prefix="out/")["Contents"]]
@@ -264,7 +266,7 @@ def test_from_s3_to_s3(s3: Any, tmp_path: Path) -> None:
     s3.delete_object(Bucket="photos", Key="holiday/bad.png")
     second = encode(*command)
     assert second.stderr == (
-        "clric-enc: 1 images encoded, 3 skipped, which are up to date; see s3://photos/out/manifest.jsonl\n"
+        "clric-enc: 1 encoded, 3 skipped (up to date), 0 failed; see s3://photos/out/manifest.jsonl\n"
     )
     assert second.returncode == 0
 
@@ -273,7 +275,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     write_photos(tmp_path / "in", 2)
     for arguments, code, message in (
         (("in", "--ray"), 2, "--ray needs a folder for the streams: -o DIR"),
-        (("-o", "out", "in", "--ray", "in"), 2, "--ray in: an address is auto or host:port"),
+        (("-o", "out", "in", "--ray", "in"), 2, "--ray in: expected auto or host:port"),
         (("in", "-o", "out", "--ray", "127.0.0.1:1"), 1, "the cluster 127.0.0.1:1 cannot be reached"),
         (("in", "-o", "in/00.png", "--ray"), 1, "in/00.png"),
         (("in", "-o", "out", "--vae", "nonsense", "--ray"), 1, "nonsense"),
@@ -301,7 +303,7 @@ def test_in_a_pipeline_of_ones_own(tmp_path: Path) -> None:
         arrays = {row["name"]: row for row in images.map_batches(EncodeImages, **settings).take_all()}
     finally:
         ray.shutdown()
-    assert rows["bad.png"]["error"] == "not an image in a format that Pillow reads"
+    assert rows["bad.png"]["error"] == "unsupported or unrecognised image format"
     assert (rows["bad.png"]["stream"], np.isnan(rows["bad.png"]["bpp"])) == (b"", True)
     for photo in photos:
         row = rows[Path(photo).name]

@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
             assert one.read_bytes() == other.read_bytes()
     log = [json.loads(line) for line in (tmp_path / "stopped/decoder/log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log] == [2, 4]
-    with pytest.raises(ModelError, match=r"checkpoint\.pt belongs to a run with other settings"):
+    with pytest.raises(ModelError, match=r"checkpoint\.pt was made with different settings"):
         distill("taesd", photos, tmp_path / "stopped", iterations=6, models=teacher)
 
     # What it leaves is what the commands take, and stored in a quarter of the bytes.
@@ -276,9 +276,11 @@ def test_streams_of_the_photos_are_used(teacher: Path, photos: Path, tmp_path: P
     lines: list[str] = []
     arguments = {"streams": tmp_path, "iterations": 2, "models": teacher}
     distill("taesd", photos, tmp_path / "out", **arguments, report=lines.append)
-    assert lines[0] == "10 photos, 9 streams of them"  # the large photo was reduced, its stream was not
+    assert lines[0] == "10 photos (9 with streams)"  # the large photo was reduced, its stream was not
 
 
 def test_too_few_photos_is_one_clear_error(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "small.png")
     with pytest.raises(ClricError, match="contains only 0 photos with sides of at least 192; hundreds are needed"):
-        distill("taesd", teacher, tmp_path, models=teacher)
+        distill("taesd", tmp_path / "photos", tmp_path, models=teacher)

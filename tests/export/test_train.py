@@ -19,7 +19,7 @@ from clric_encoder.networks import SmallDecoder, load_decoder_network, load_enco
 from clric_export import crops as crops_module
 from clric_export import train as training
 from clric_export.cli import command
-from clric_export.crops import Crops
+from clric_export.crops import Crops, list_photos
 from clric_export.prior import Prior, laplace_probability
 from clric_export.train import flat_latents, mesh_loss, mesh_peaks, ripple_loss, train
 from PIL import Image
@@ -215,7 +215,7 @@ def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
     assert len(large) > 3 * len(first[0])
     with pytest.raises(ClricError, match="name its checkpoint"):
         run("no start", 2, decoder="large")
-    with pytest.raises(ModelError, match="is of other networks"):
+    with pytest.raises(ModelError, match="does not match this architecture"):
         run("other channels", 4, start=checkpoint, channels=4)
 
 
@@ -223,4 +223,17 @@ def test_command_names_what_is_missing(photos: Path, tmp_path: Path) -> None:
     arguments = ["train", "--photos", str(photos), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
     assert result.return_value == 1
-    assert "photos with sides of at least 192" in result.output
+    assert result.output.startswith(f"clric-export: {photos} contains only 0 photos with sides of at least 192")
+
+
+def test_other_files_may_lie_beside_photos(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.clric", ".clric-settings.json"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ClricError, match="photos: no image files found"):
+        list_photos(folder)
+    for photo in photos.iterdir():
+        (folder / photo.name).symlink_to(photo)
+    assert list_photos(folder) == sorted(folder / photo.name for photo in photos.iterdir())
+    assert len(Crops(folder, 64, 0).images) == len(Crops(photos, 64, 0).images)

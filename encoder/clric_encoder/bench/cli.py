@@ -122,7 +122,7 @@ def run_bench(
         try:
             Rate(lmbda)
         except ClricError as error:
-            raise click.UsageError(str(error)) from None
+            raise click.UsageError(f"--{error}") from None
 
     def work() -> bool:
         take_over_pillow()
@@ -165,7 +165,13 @@ def run_bench(
     help="Preset; repeatable.",
 )
 @click.option("--vae", metavar="NAME", default="small", show_default=True, help="Autoencoder.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to train on.",
+)
 @click.option("--models", type=_Folder, help="Folder to search for weights first.")
 def speed(
     images: tuple[Path, ...],
@@ -206,7 +212,7 @@ def speed(
 @command.command("report")
 @_output
 def report(output: Path) -> int:
-    """Write summary.md, report.html and the plots again from the results in the output folder."""
+    """Regenerate summary.md, report.html and plots."""
 
     def work() -> bool:
         with _libraries():

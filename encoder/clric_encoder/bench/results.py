@@ -57,7 +57,7 @@ def _read(path: Path) -> tuple[tuple[str, ...], list[Row]]:
     reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     header = tuple(next(reader, ()))
     if header != tuple(column for column in COLUMNS if column in header or column not in _ADDED):
-        raise ClricError(f"{path}: its columns are those of another version; choose another folder with -o")
+        raise ClricError(f"{path} is from another version; choose another folder with -o")
     rows = [dict(zip(header, cells, strict=True)) for cells in reader if len(cells) == len(header)]
     if "tune" not in header:
         rows = [row | {"tune": "none" if row["function_mac"] else ""} for row in rows]

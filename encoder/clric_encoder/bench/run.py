@@ -28,6 +28,7 @@ from .measure import (
     read_photo,
 )
 from .metrics import LPIPS_BACKBONES, VGG_FILE, find_lpips
+from .processor import processor_name
 from .report import Run
 from .results import ResultsFile, Row, read_rows
 from .vgg import find_dists
@@ -191,14 +192,6 @@ def _seconds(task: Task) -> float:
     """What a task takes, roughly: for the time left."""
     pixels = task.photo.width * task.photo.height
     return (1 + task.codec.seconds) * pixels / _KODAK_PIXELS + 5 * task.alone
-
-
-def processor_name() -> str:
-    """What the system calls the processor."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 def _machine(jobs: int) -> list[str]:

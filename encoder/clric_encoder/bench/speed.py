@@ -18,7 +18,7 @@ from ..autoencoder import load_encoder
 from ..encoding import encode_latents, find_device, load_tuning
 from ..rate import Rate
 from ..training.loop import REPORT_EVERY, Progress
-from .run import processor_name
+from .processor import processor_name
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clric_decoder.bitstream import Architecture, SynthesisLayer
+from clric_decoder.errors import ClricError
+
+from ..instant import INSTANT
 
 
 @dataclass(frozen=True)
@@ -143,3 +146,10 @@ PRESETS = {
         tuning=_tuning(40),
     ),
 }
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name. Raises ClricError for one that is not known."""
+    if name not in PRESETS:
+        raise ClricError(f"preset {name!r} is not known; use one of {', '.join([INSTANT, *PRESETS])}")
+    return PRESETS[name]
