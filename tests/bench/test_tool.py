@@ -371,5 +371,5 @@ def test_results_of_other_columns_are_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "results/run.json").write_text(
         json.dumps({"machine": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
     )
-    assert_one_line(run("clric-bench", "report"), 1, "results.csv", "columns")
+    assert_one_line(run("clric-bench", "report"), 1, "results.csv", "another version")
     assert (tmp_path / "results/results.csv").read_text() == "image,psnr\nphoto.png,3\n"

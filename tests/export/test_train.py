@@ -194,7 +194,7 @@ def test_a_resumed_run_gives_the_same_as_an_unbroken_one(photos: Path, tmp_path:
     with pytest.raises(ModelError, match="is an image decoder, not an image encoder"):
         load_encoder(str(onnx))
 
-    with pytest.raises(ModelError, match="other settings"):
+    with pytest.raises(ModelError, match="different settings"):
         train(photos, tmp_path / "whole", iterations=4, crop=64, crops=3)
     (tmp_path / "whole" / "checkpoint.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ModelError, match="cannot be read"):
