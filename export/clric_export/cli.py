@@ -175,6 +175,7 @@ def distill(
     "--crop", type=click.Choice(["192", "256"]), default="192", show_default=True, help="Crop size in pixels."
 )
 @click.option("--crops", type=click.IntRange(1), default=4, show_default=True, help="Batch size in crops.")
+@click.option("--learning-rate", type=click.FloatRange(0, 0.1), default=7e-4, show_default=True, help="Learning rate.")
 @click.option(
     "--lpips",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -211,6 +212,7 @@ def train(
     decay: int,
     crop: str,
     crops: int,
+    learning_rate: float,
     lpips: Path | None,
     streams: Path | None,
     start: Path | None,
@@ -238,6 +240,7 @@ def train(
             seed=seed,
             crop=int(crop),
             crops=crops,
+            learning_rate=learning_rate,
             lpips=lpips,
             streams=streams,
             start=start,
