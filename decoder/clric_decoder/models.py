@@ -97,7 +97,7 @@ def _tiny(name: str, space: str, revision: str, sha256: str) -> Autoencoder:
 
 
 # Commits and sums are those that several public projects pin: this was written where the hub could not be reached. The
-# sums of sd14's and sdxl-refiner's weights are not known, so their commits alone are pinned.
+# sums of sd14's and sdxl-refiner's weights are not known: from the hub they are loaded as NAME@REVISION alone.
 AUTOENCODERS: dict[str, Autoencoder] = {
     autoencoder.name: autoencoder
     for autoencoder in (

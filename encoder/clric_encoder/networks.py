@@ -71,10 +71,10 @@ def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None
     ``name`` may also be the path of an encoder that clric-export train (.onnx) or distill (.safetensors) made. Other
     weights are looked for as clric_decoder.models.find_weights does (``models`` is the first folder), then among those
     that come with clric, in the cache of the Hugging Face hub, and on the hub. From the hub the table's commit of a
-    repository is taken, and its weights' sha256 compared where that is known; ``NAME@REVISION`` (a branch, tag or
-    commit) takes another one, from the hub or its cache alone, and compares nothing. Weights in the user's own folders
-    are taken as they are. Raises ModelError for missing or damaged ones. The module of kinds tiny and lite is an
-    nn.Sequential of the layers of TAESD's encoder.
+    repository is taken, and its weights' sha256 compared; ``NAME@REVISION`` (a branch, tag or commit) takes another
+    one, from the hub or its cache alone, and compares nothing: the way to names whose sha256 is not known. Weights in
+    the user's own folders are taken as they are. Raises ModelError for missing or damaged ones. The module of kinds
+    tiny and lite is an nn.Sequential of the layers of TAESD's encoder.
     """
     if name.endswith(".safetensors"):
         return _load_distilled_encoder(Path(name))
@@ -84,7 +84,7 @@ def load_encoder_network(name: str, models: str | os.PathLike[str] | None = None
     if autoencoder.kind == "small":
         return _load_onnx_encoder(name)
     path = None if from_hub else find_weights(autoencoder, "encoder", models) or _packaged(autoencoder)
-    path = path or _hub_folder(autoencoder, "encoder", models)
+    path = path or _hub_folder(autoencoder, "encoder", models, unchecked=from_hub)
     channels = LATENT_SPACES[autoencoder.space].channels
     module: nn.Module
     if autoencoder.kind == "kl":
@@ -111,7 +111,7 @@ def load_decoder_network(name: str, models: str | os.PathLike[str] | None = None
     if autoencoder.kind in ("small", "lite"):
         return _load_onnx_decoder(name, models)
     path = None if from_hub else find_weights(autoencoder, "decoder", models)
-    path = path or _hub_folder(autoencoder, "decoder", models)
+    path = path or _hub_folder(autoencoder, "decoder", models, unchecked=from_hub)
     halo: int | None
     if autoencoder.kind == "kl":
         vae = _load_kl(autoencoder, path)
@@ -488,14 +488,21 @@ def _find(name: str, called: str = "autoencoder") -> tuple[Autoencoder, bool]:
     return replace(autoencoder, hub_revision=revision, hub_sha256=None), True
 
 
-def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None) -> Path:
-    """The folder in diffusers layout from the hub's cache, or else the hub; ModelError without."""
+def _hub_folder(autoencoder: Autoencoder, half: Half, models: str | os.PathLike[str] | None, unchecked: bool) -> Path:
+    """The folder in diffusers layout from the hub's cache, or else the hub; ModelError without.
+
+    unchecked: the user named the revision, and no sha256 is compared.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo, subfolder = autoencoder.hub_repo, autoencoder.hub_subfolder
     if repo is None:
         raise missing_weights(autoencoder, half, models, None)
+    if autoencoder.hub_sha256 is None and not unchecked:
+        pinned = f"{autoencoder.name}@{autoencoder.hub_revision}"
+        reason = f"not tried, as no SHA-256 of its weights is known: {pinned} takes them unchecked"
+        raise missing_weights(autoencoder, half, models, reason)
     get = partial(hf_hub_download, repo, subfolder=subfolder, revision=autoencoder.hub_revision)
     try:
         paths = [get(file, local_files_only=True) for file in DIFFUSERS_FILES]

@@ -264,6 +264,14 @@ def test_the_hub_s_files_are_of_one_commit_and_checked(tmp_path: Path) -> None:
     assert missing.startswith("the encoder weights of taesd are missing: ")
     assert missing.endswith(f"--revision {'1' * 40}\n")
     assert load("taesd@").startswith("taesd@ has no revision after the @")
+    # Without a sum that is known, only what the user names
+    vae.save_pretrained(
+        tmp_path / "hub/models--CompVis--stable-diffusion-v1-4/snapshots" / AUTOENCODERS["sd14"].hub_revision / "vae"
+    )
+    message = load("sd14")
+    assert message.startswith("the encoder weights of sd14 are missing: ")
+    assert "no SHA-256 of its weights is known: sd14@133a221b" in message
+    assert "no SHA-256" not in load("sd14@133a221b8aa7292a167afc5127cb63fb5005638b")
     assert load("taef2@main") == "taef2 is not loaded from the Hugging Face hub, so it has no revision 'main'\n"
 
 
