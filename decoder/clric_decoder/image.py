@@ -41,9 +41,10 @@ _TIFF_EXIF = {
     *(ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
 
-# XMP's orientation, as an attribute and as an element.
+# XMP's orientation, as an attribute and as an element. One space before it: a run of them would be tried from each of
+# its places, and hostile metadata has megabytes.
 _XMP_ORIENTATION = re.compile(
-    rb"""\s+tiff:Orientation\s*=\s*("[^"]*"|'[^']*')|<tiff:Orientation\s*>[^<]*</tiff:Orientation\s*>"""
+    rb"""\stiff:Orientation\s*=\s*("[^"]*"|'[^']*')|<tiff:Orientation\s*>[^<]*</tiff:Orientation\s*>"""
 )
 
 # The most pixels of an image to encode, unless the caller says otherwise.
@@ -137,19 +138,32 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray, metadata: Metad
         if "icc_profile" in metadata:
             notes.append(f"{suffix} holds no colour profile, without which colours are not what they were")
         metadata = {}
-    while True:
-        encoded = io.BytesIO()
-        try:
-            options = {**_SAVE_OPTIONS[suffix], **_metadata_options(suffix, metadata)}
-            Image.fromarray(image).save(encoded, Image.registered_extensions()[suffix], **options)
-            break
-        except Exception as error:  # what a stream calls EXIF may be anything, and so is what Pillow raises then
-            if not metadata:
-                raise ImageError(f"{os.fspath(path)}: cannot be made ({one_line(error)})") from error
-            name, _ = metadata.popitem()  # the profile, which colours depend on, is the first
-            notes.append(f"{name} is left out, {suffix} cannot hold it ({one_line(error)})")
-    write_output(path, encoded.getvalue())
+    for name, content in list(metadata.items()):
+        if reason := _why_not_held(suffix, {name: content}):
+            notes.append(f"{name} is left out, {suffix} cannot hold it ({reason})")
+            del metadata[name]
+    try:
+        encoded = _encoded(suffix, image, metadata)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{os.fspath(path)}: cannot be made ({one_line(error)})") from error
+    write_output(path, encoded)
     return notes
+
+
+def _why_not_held(suffix: str, metadata: Metadata) -> str | None:
+    """What is wrong with metadata for the format of a suffix, tried on one pixel; None if nothing is."""
+    try:
+        _encoded(suffix, np.zeros((1, 1, 3), np.uint8), metadata)
+    except Exception as error:  # what a stream calls EXIF may be anything, and so is what Pillow raises then
+        return one_line(error)
+    return None
+
+
+def _encoded(suffix: str, image: np.ndarray, metadata: Metadata) -> bytes:
+    file = io.BytesIO()
+    options = {**_SAVE_OPTIONS[suffix], **_metadata_options(suffix, metadata)}
+    Image.fromarray(image).save(file, Image.registered_extensions()[suffix], **options)
+    return file.getvalue()
 
 
 def _metadata_options(suffix: str, metadata: Metadata) -> dict[str, Any]:

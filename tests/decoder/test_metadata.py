@@ -85,6 +85,25 @@ def test_orientation_is_taken_from_metadata_that_does_not_apply(xmp) -> None:
         assert ExifTags.Base.Orientation not in tags
 
 
+def test_megabytes_of_spaces_in_xmp_take_no_time_to_speak_of(tmp_path: Path) -> None:
+    """Tried from each of its places, a run of so many would take hours."""
+    xmp = b" " * 4_000_000 + b"<x/>" + b" tiff:Orientation" * 100_000
+    notes = write_image(tmp_path / "out.png", np.asarray(picture()), {"xmp": xmp})
+    assert notes == []
+    with Image.open(tmp_path / "out.png") as image:
+        image.load()
+        assert image.info["xmp"] == xmp
+
+
+def test_metadata_that_a_format_cannot_hold_costs_no_other(tmp_path: Path) -> None:
+    notes = write_image(tmp_path / "out.png", np.asarray(picture()), {"exif": b"garbage", "xmp": b"<x/>"})
+    assert len(notes) == 1
+    assert notes[0].startswith("exif is left out")
+    with Image.open(tmp_path / "out.png") as image:
+        image.load()
+        assert image.info["xmp"] == b"<x/>"
+
+
 def test_exif_of_tiff_and_of_png_from_imagemagick_is_kept_without_how_pixels_are_stored(tmp_path: Path) -> None:
     tiff = saved(picture(), ".tif", exif=exif().tobytes())
     hexadecimal = exif().tobytes().hex()
