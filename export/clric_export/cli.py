@@ -286,6 +286,11 @@ def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
     required=True,
     help="Output folder; resumes a run that was stopped, from the start of its round.",
 )
+@click.option(
+    "--streams",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the photos' streams by clric-enc --tune none, to learn the distortions of coded latents.",
+)
 @click.option("--vae", default="small", show_default=True, help="Autoencoder whose distortions to learn.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Rounds of training.")
 @click.option(
@@ -294,16 +299,21 @@ def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
 @click.option(
     "--iterations", type=click.IntRange(1), default=1300, show_default=True, help="Training iterations per round."
 )
+@click.option(
+    "--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Features to start from, a file."
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 @click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder to search for weights first.")
 def features(
     photos: Path,
     lpips: Path,
     output: Path,
+    streams: Path | None,
     vae: str,
     rounds: int,
     pool: int,
     iterations: int,
+    start: Path | None,
     seed: int,
     models: Path | None,
 ) -> int:
@@ -322,11 +332,13 @@ def features(
             photos,
             lpips,
             output,
+            streams=streams,
             encode=load_encoder(vae, models).encode,
             decoder=load_decoder_network(vae, models).module.train(),
             rounds=rounds,
             pool_size=pool,
             iterations=iterations,
+            start=start,
             seed=seed,
             report=report,
         )

@@ -41,7 +41,8 @@ def list_photos(folder: Path) -> list[Path]:
 class Crops:
     """Augmented crops of the photos of a folder, and crops of their streams.
 
-    images: H x W x 3 uint8. coded: numbers of images that are not held out, with latents [C, h, w] of their streams.
+    images: H x W x 3 uint8. coded: numbers of images that are not held out, with latents [C, h, w] of their streams;
+    held_out_coded: of those that are.
     """
 
     def __init__(self, folder: Path, side: int, seed: int, streams: Path | None = None) -> None:
@@ -53,18 +54,20 @@ class Crops:
         self.side = side
         self.images: list[np.ndarray] = []
         self.coded: list[tuple[int, Tensor]] = []
+        self.held_out_coded: list[tuple[int, Tensor]] = []
         files = list_photos(folder)
         for i in np.random.default_rng(seed).permutation(len(files)):
             image = read_image(files[i]).pixels
             if min(image.shape[:2]) < side:
                 continue
-            if streams is not None and len(self.images) >= HELD_OUT:
+            if streams is not None:
+                coded = self.coded if len(self.images) >= HELD_OUT else self.held_out_coded
                 name = f"{files[i].stem}.clric"
                 for path in sorted([*streams.glob(name), *streams.glob(f"*/{name}")]):
                     latent = torch.from_numpy(decode_latent(path.read_bytes()))
                     if latent.shape[1:] != tuple(-(-length // 8) for length in image.shape[:2]):
                         raise ClricError(f"{path} is not a stream of {files[i]}")
-                    self.coded.append((len(self.images), latent))
+                    coded.append((len(self.images), latent))
             self.images.append(image)
         if len(self.images) <= HELD_OUT:
             raise ClricError(
@@ -73,18 +76,20 @@ class Crops:
             )
         self._fonts = sorted(Path("/usr/share/fonts").rglob("*.ttf"))
 
-    def batch(self, random: np.random.Generator, count: int) -> Tensor:
-        """Crops [count, 3, side, side] in [0, 1]."""
+    def batch(self, random: np.random.Generator, count: int, held_out: bool = False) -> Tensor:
+        """Crops [count, 3, side, side] in [0, 1]. held_out: of the photos that are held out."""
         crops = [
-            self._rendered(random) if random.random() < RENDERED_SHARE else self._photo(random) for _ in range(count)
+            self._rendered(random, held_out) if random.random() < RENDERED_SHARE else self._photo(random, held_out)
+            for _ in range(count)
         ]
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
-    def coded_batch(self, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+    def coded_batch(self, random: np.random.Generator, count: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Crops of latents of streams, [count, C, side / 8, side / 8], and of their photos, as `batch` gives them."""
         latents, crops = [], []
+        coded = self.held_out_coded if held_out else self.coded
         for _ in range(count):
-            number, latent = self.coded[int(random.integers(len(self.coded)))]
+            number, latent = coded[int(random.integers(len(coded)))]
             image = self.images[number]
             # Whole latents only: what continues the last row and column of an image is no photo
             y, x = (int(random.integers(0, (length - self.side) // 8 + 1)) for length in image.shape[:2])
@@ -93,16 +98,17 @@ class Crops:
         return torch.stack(latents), torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
     def held_out(self) -> Iterator[np.ndarray]:
-        """Photos that `batch` never takes from: H x W x 3 uint8, sides multiples of 8."""
+        """The photos that are held out: H x W x 3 uint8, sides multiples of 8."""
         for image in self.images[:HELD_OUT]:
             height, width, _ = image.shape
             scale = min(HELD_OUT_SCALE, HELD_OUT_LONG_SIDE / max(height, width))
             size = 8 * round(scale * width / 8), 8 * round(scale * height / 8)
             yield np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
-    def _photo(self, random: np.random.Generator) -> np.ndarray:
+    def _photo(self, random: np.random.Generator, held_out: bool) -> np.ndarray:
         """A crop of a photo at a random scale, mirrored and with other colours at random: side x side x 3 float32."""
-        image = self.images[int(random.integers(HELD_OUT, len(self.images)))]
+        photos = (0, HELD_OUT) if held_out else (HELD_OUT, len(self.images))
+        image = self.images[int(random.integers(*photos))]
         height, width, _ = image.shape
         smallest = max(MIN_SCALE, self.side / min(height, width))
         window = min(round(self.side / smallest ** random.random()), height, width)
@@ -125,11 +131,13 @@ class Crops:
             crop = crop[::-1]
         return _other_colours(crop, random) if random.random() < COLOUR_SHARE else crop
 
-    def _rendered(self, random: np.random.Generator) -> np.ndarray:
+    def _rendered(self, random: np.random.Generator, held_out: bool) -> np.ndarray:
         """Lines of random text and some shapes, on a plain colour or on a photo; drawn at twice the size."""
         side = 2 * self.side
         if random.random() < 0.3:
-            picture = Image.fromarray((255 * self._photo(random).clip(0, 1)).astype(np.uint8)).resize((side, side))
+            picture = Image.fromarray((255 * self._photo(random, held_out).clip(0, 1)).astype(np.uint8)).resize(
+                (side, side)
+            )
         elif random.random() < 0.5:
             picture = Image.new("RGB", (side, side), (255, 255, 255))
         else:

@@ -440,8 +440,8 @@ class _Run:
         y, x = (int(shift) for shift in random.integers(0, raster, 2))
         window = slice(y, y + self.settings.crop - raster), slice(x, x + self.settings.crop - raster)
         with torch.no_grad():
-            reference = network.features(pixels[(..., *window)])
-        return weight * network.distance(network.features(image[(..., *window)]), reference).mean()
+            reference = network.reference(pixels[(..., *window)])
+        return weight * network.distance(image[(..., *window)], reference).mean()
 
     def _max_step(self) -> float:
         if self.only_decoder:
@@ -591,8 +591,8 @@ def validate(
             figures.setdefault("ms_ssim", []).append(ms_ssim(image, structure(x)).item())
             if lpips is not None and step == 0.5:
                 top, left = (max(0, side - 256) // 2 for side in x.shape[2:])
-                a, b = (lpips.features(y[..., top : top + 256, left : left + 256]) for y in (image, x))
-                figures.setdefault("lpips", []).append(lpips.distance(a, b).item())
+                a, b = (y[..., top : top + 256, left : left + 256] for y in (image, x))
+                figures.setdefault("lpips", []).append(lpips.distance(a, lpips.reference(b)).item())
         result[f"{step:g}"] = {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
         for name, is_flat in (("mesh", True), ("texture", False)):
             peaks = mesh_peaks(images, decoded, is_flat)

@@ -182,11 +182,29 @@ def test_features_have_a_gradient_where_nothing_is() -> None:
     network = load_features()
     black = torch.zeros(1, 3, 48, 40, requires_grad=True)
     other = torch.rand(1, 3, 48, 40, generator=torch.Generator().manual_seed(0))
-    distance = network.distance(network.features(black), network.features(other))
+    reference = network.reference(other)
+    distance = network.distance(black, reference)
     (gradient,) = torch.autograd.grad(distance.sum(), black)
     assert distance.item() > 0
     assert gradient.isfinite().all()
-    assert network.distance(network.features(other), network.features(other)).item() == 0
+    assert network.distance(other, reference).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_distance_is_that_of_features_of_unit_length(face: np.ndarray) -> None:
+    """LPIPS as its paper writes it, with the first convolution as it is stored; an image of odd sides."""
+    network = load_features()
+    pixels = torch.from_numpy(face.copy()).permute(2, 0, 1)[None] / 255
+    noisy = pixels + 0.05 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    pixels, noisy = pixels[..., :63, :71], noisy[..., :63, :71]
+    expected = torch.zeros(1)
+    pair = torch.cat([noisy, pixels])[..., :62, :70]  # the last of an odd number of rows is left out
+    x = (pair - 0.45) * 4
+    for layer, head in zip(network.layers, network.heads, strict=True):
+        x = torch.nn.functional.silu(layer(x))
+        a, b = torch.nn.functional.normalize(x, dim=1)
+        expected += (head.square()[:, None, None] * (a - b).square()).sum(0).mean()
+    distance = network.distance(noisy, network.reference(pixels))
+    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=0)
 
 
 def test_blur_is_farther_than_a_shade(face: np.ndarray) -> None:
@@ -196,8 +214,8 @@ def test_blur_is_farther_than_a_shade(face: np.ndarray) -> None:
     blurred = torch.nn.functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
     darker = pixels - 0.08
     assert (darker - pixels).square().mean() > (blurred - pixels).square().mean()
-    features = network.features(pixels)
-    distances = [network.distance(network.features(image), features).item() for image in (darker, blurred)]
+    reference = network.reference(pixels)
+    distances = [network.distance(image, reference).item() for image in (darker, blurred)]
     assert distances[0] < distances[1]
 
 
@@ -215,7 +233,7 @@ def test_bfloat16_weights_give_nearly_the_same(face: np.ndarray) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         network: FeatureNetwork = load_features()
         network.set_dtype(dtype)
-        distances.append(network.distance(network.features(noisy), network.features(pixels)).item())
+        distances.append(network.distance(noisy, network.reference(pixels)).item())
     assert distances[0] == pytest.approx(distances[1], rel=0.03)
 
 

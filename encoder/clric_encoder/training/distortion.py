@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch_threads import torch_threads
-from .features import Features, PerceptualDistance
+from .features import PerceptualDistance, Reference
 
 # Weights of the parts of the image's loss, for RGB in [0, 1].
 PIXELS_WEIGHT, STRUCTURE_WEIGHT, PERCEPTUAL_WEIGHT, FLATNESS_WEIGHT = 6.0, 0.25, 0.5, 2.0
@@ -105,7 +105,7 @@ class _Tile:
     structure: list[tuple[Tensor, Tensor, Tensor]]
     flat: list[tuple[int, Tensor, Tensor]]
     flatness: Tensor
-    features: list[Features]
+    references: list[Reference]
 
 
 class ImageDistortion:
@@ -171,13 +171,13 @@ class ImageDistortion:
         if tile.structure:
             loss = loss + STRUCTURE_WEIGHT * (1 - ms_ssim(image, tile.structure))
         loss = loss + FLATNESS_WEIGHT * flatness_loss(image, tile.flat)
-        if tile.features:
+        if tile.references:
             assert self._perceptual is not None
             number = self._looks % len(CORNERS)
             top, left = CORNERS[number]
             shown = torch.lerp(image, tile.pixels, tile.flatness)
-            features = self._perceptual.features(shown[..., top:, left:])
-            loss = loss + PERCEPTUAL_WEIGHT * self._perceptual.distance(features, tile.features[number])[0]
+            distance = self._perceptual.distance(shown[..., top:, left:], tile.references[number])
+            loss = loss + PERCEPTUAL_WEIGHT * distance[0]
         return loss
 
     def _tiles_of(self, image: np.ndarray, latent: Tensor) -> list[_Tile]:
@@ -199,13 +199,13 @@ class ImageDistortion:
                 )
                 cut = image[8 * top : min(8 * bottom, height), 8 * left : min(8 * right, width)]
                 pixels = torch.from_numpy(np.array(cut)).to(latent.device).permute(2, 0, 1)[None] / 255
-                features = []
+                references = []
                 if self._perceptual is not None and min(pixels.shape[2:]) >= PERCEPTUAL_SIDE:
-                    features = [self._perceptual.features(pixels[..., y:, x:]) for y, x in CORNERS]
+                    references = [self._perceptual.reference(pixels[..., y:, x:]) for y, x in CORNERS]
                 share = cut.size / image.size
                 core = (slice(top, bottom), slice(left, right))
                 flat = flat_areas(pixels)
-                tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat, flatness(pixels), features))
+                tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat, flatness(pixels), references))
         return tiles
 
 
