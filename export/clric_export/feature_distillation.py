@@ -101,7 +101,7 @@ def distill_features(
     """
     folder.mkdir(parents=True, exist_ok=True)
     crops = Crops(photos, CROP, seed, streams)
-    # Gradients bear its rounding
+    # Half of an iteration is the decoder's, and gradients through it bear the rounding of bfloat16
     decoder = copy.deepcopy(decoder).to(fast_dtype("cpu"))
     maker = _PoolMaker(crops, LpipsVgg(vgg, torch.bfloat16), encode, decoder)
 
@@ -174,17 +174,18 @@ class _PoolMaker:
 
     def _start(self, random: np.random.Generator, held_out: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Crops of photos, their latents, and a quantisation step for each."""
-        coded = self._crops.held_out_coded if held_out else self._crops.coded
-        if coded and random.random() < CODED_SHARE:
-            start, photos = self._crops.coded_batch(random, SIDE_BY_SIDE, held_out)
-            photos, steps = (photos * 255).round().byte(), CODED_STEPS
+        streams = self._crops.held_out_coded if held_out else self._crops.coded
+        coded = bool(streams) and random.random() < CODED_SHARE
+        if coded:
+            start, crops = self._crops.coded_batch(random, SIDE_BY_SIDE, held_out)
         else:
-            photos, steps = (self._crops.batch(random, SIDE_BY_SIDE, held_out) * 255).round().byte(), STEPS
-            start = torch.from_numpy(np.stack([self._encode(crop) for crop in photos.permute(0, 2, 3, 1).numpy()]))
-        low, high = np.log(steps)
+            crops = self._crops.batch(random, SIDE_BY_SIDE, held_out)
+        photos = (crops * 255).round().byte()
+        low, high = np.log(CODED_STEPS if coded else STEPS)
         drawn = np.exp(random.uniform(low, high, (len(photos), 1, 1, 1)))
         step = torch.from_numpy(drawn.astype(np.float32))
-        if steps is STEPS:
+        if not coded:
+            start = torch.from_numpy(np.stack([self._encode(crop) for crop in photos.permute(0, 2, 3, 1).numpy()]))
             offset = torch.from_numpy(random.random(start.shape, np.float32))
             start = ((start / step + offset).round() - offset) * step
         return photos, start, step
@@ -194,15 +195,15 @@ class _PoolMaker:
     ) -> tuple[Tensor, ...]:
         """What one descent comes to: the fields of a `Pool`."""
         originals = photos.float() / 255
-        integers = (start / step).requires_grad_(True)
-        optimizer = torch.optim.Adam([integers], lr=DESCENT_RATE, betas=(0.8, 0.95))
+        scaled = (start / step).requires_grad_(True)
+        optimizer = torch.optim.Adam([scaled], lr=DESCENT_RATE, betas=(0.8, 0.95))
         weight, alone = float(random.uniform(*FEATURES)), random.random() < ALONE
         places = torch.from_numpy(random.integers(0, CROP - COMPARED + 1, (len(photos), 2)))
 
         def shown(judge: PerceptualDistance, reference: Reference) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             """Latents with noise, their image, the compared part, and a judge's value of it and gradient by it."""
             noise = torch.from_numpy(random.uniform(-0.35, 0.35, start.shape).astype(np.float32))
-            latents = ((integers + noise) * step).detach().requires_grad_(True)
+            latents = ((scaled + noise) * step).detach().requires_grad_(True)
             image = _decode(self._decoder, latents)
             part = _cut(image, places)
             leaf = part.detach().requires_grad_(True)
@@ -220,7 +221,7 @@ class _PoolMaker:
                 )
                 loss = loss + len(photos) * errors
             (to_latents,) = torch.autograd.grad(loss, latents)
-            integers.grad = to_latents * step
+            scaled.grad = to_latents * step
             optimizer.step()
         with torch.no_grad():
             reference = self._teacher.reference(_cut(originals, places))

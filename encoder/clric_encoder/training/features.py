@@ -61,9 +61,10 @@ class _Lpips(nn.Module):
     def reference(self, original: Tensor) -> Reference:
         result = []
         for x, weights in zip(self.features(original), self.weights(), strict=True):
-            unit = x.float() * (x.float().square().sum(1, keepdim=True) + _SMALL).rsqrt()
+            dtype, x = x.dtype, x.float()
+            unit = x * (x.square().sum(1, keepdim=True) + _SMALL).rsqrt()
             weighted = unit * weights[:, None, None]
-            result.append((weighted.to(x.dtype), (weighted * unit).sum(1)))
+            result.append((weighted.to(dtype), (weighted * unit).sum(1)))
         return result
 
     def distance(self, image: Tensor, reference: Reference) -> Tensor:
