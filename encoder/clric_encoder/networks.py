@@ -203,7 +203,8 @@ class SmallBlock(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.second.weight)  # the identity at first
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)  # the identity at first
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(x)))

@@ -299,8 +299,12 @@ def networks(photos: Path, output: Path, vae: str, seed: int) -> int:
 @click.option(
     "--iterations", type=click.IntRange(1), default=1300, show_default=True, help="Training iterations per round."
 )
+@click.option("--crops", type=click.IntRange(1), default=8, show_default=True, help="Crops per iteration.")
 @click.option(
     "--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Features to start from, a file."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to train on."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
 @click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder to search for weights first.")
@@ -313,7 +317,9 @@ def features(
     rounds: int,
     pool: int,
     iterations: int,
+    crops: int,
     start: Path | None,
+    device: str,
     seed: int,
     models: Path | None,
 ) -> int:
@@ -324,8 +330,7 @@ def features(
 
     def run(report: Report) -> list[Path]:
         with _libraries():
-            from clric_encoder.autoencoder import load_encoder
-            from clric_encoder.networks import load_decoder_network
+            from clric_encoder.networks import load_decoder_network, load_encoder_network
 
             from .feature_distillation import distill_features
         file = distill_features(
@@ -333,12 +338,14 @@ def features(
             lpips,
             output,
             streams=streams,
-            encode=load_encoder(vae, models).encode,
+            encoder=load_encoder_network(vae, models).module,
             decoder=load_decoder_network(vae, models).module.train(),
             rounds=rounds,
             pool_size=pool,
             iterations=iterations,
+            crops=crops,
             start=start,
+            device=device,
             seed=seed,
             report=report,
         )

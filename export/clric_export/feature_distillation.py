@@ -22,12 +22,15 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from clric_decoder.cpus import available_cpus
 from clric_encoder.autoencoder import fast_dtype
 from clric_encoder.training.distortion import ms_ssim, structure
 from clric_encoder.training.features import FeatureNetwork, LpipsVgg, PerceptualDistance, Reference, load_features
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from .crops import Crops
+from .muon import Muon
 
 # A crop in pixels, and the part of it that is compared, at a place that does not follow the decoder's raster of 8.
 CROP, COMPARED = 128, 112
@@ -35,16 +38,16 @@ CROP, COMPARED = 128, 112
 # Examples in each pool of validation, of photos that are held out from training.
 VALIDATION = 96
 
-# The share of descents that begin with latents of streams, where there are any: smooth ones, as the codec makes them of
+# The share of examples that begin with latents of streams, where there are any: smooth ones, as the codec makes them of
 # few bits. Quantised ones are what the finer changes of a training look like.
 CODED_SHARE = 0.7
 
 # Quantisation steps of latents, and of the descents from those of streams.
 STEPS, CODED_STEPS = (0.25, 2.2), (0.1, 0.6)
 
-# A descent: steps at most by the student and by the teacher, whose steps take ten times as long; crops side by side;
-# and the learning rate as a share of the quantisation step.
-LONGEST, TEACHERS_LONGEST, SIDE_BY_SIDE, DESCENT_RATE = 10, 3, 8, 0.2
+# A descent: steps at most by the student and by the teacher, whose steps take ten times as long; crops side by side
+# on a CPU and on a GPU; and the learning rate as a share of the quantisation step.
+LONGEST, TEACHERS_LONGEST, SIDE_BY_SIDE, SIDE_BY_SIDE_ON_GPU, DESCENT_RATE = 10, 3, 8, 128, 0.2
 
 # Descents that the teacher leads, of those of a pool that has a student.
 BY_TEACHER = 0.125
@@ -55,6 +58,13 @@ PIXELS, STRUCTURE, FEATURES, ALONE = 10.0, 0.25, (0.2, 0.6), 0.2
 
 # A crop is compared without up to so many of its first rows and columns: strides of the student are 16 together.
 SHIFTS = 16
+
+# The learning rate of convolutions, which Muon trains; that of all else as a share of it; and the shares of the
+# iterations in which it rises and falls.
+LEARNING_RATE, OTHERS_SHARE, RISE, FALL = 8e-3, 0.25, 0.02, 0.7
+
+# Iterations between two lines about the losses.
+REPORT_EVERY = 100
 
 # What a training step weighs: the logarithm of the value, the gradient in pixels, the gradient in the latent.
 LOSS_WEIGHTS = (0.5, 0.3, 1.0)
@@ -84,36 +94,40 @@ def distill_features(
     folder: Path,
     *,
     streams: Path | None = None,
-    encode: Callable[[np.ndarray], np.ndarray],
+    encoder: nn.Module,
     decoder: nn.Module,
     rounds: int = 4,
     pool_size: int = 3000,
     iterations: int = 1300,
+    crops: int = 8,
     start: Path | None = None,
+    device: str = "cpu",
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Trains a `FeatureNetwork` in ``folder``, or goes on with the round that was stopped; gives its file (float16).
 
-    vgg: the .npz of LPIPS-VGG. streams: a folder of streams of the photos (`Crops`), of many rates. start: a file of
-    features to begin with, random ones without. encode: H x W x 3 uint8 -> C x h x w float32. decoder: [N, C, h, w] ->
-    [N, 3, 8h, 8w] RGB, with frozen weights and without a clamp. Raises ClricError and OSError.
+    vgg: the .npz of LPIPS-VGG. streams: a folder of streams of the photos (`Crops`), of many rates. encoder:
+    [N, 3, 8h, 8w] RGB -> [N, C, h, w]. decoder: back, without a clamp. Both with frozen weights. crops: examples in an
+    iteration. start: a file of features to begin with, random ones without. device: cpu or cuda. Raises ClricError and
+    OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    crops = Crops(photos, CROP, seed, streams)
     # Half of an iteration is the decoder's, and gradients through it bear the rounding of bfloat16
-    decoder = copy.deepcopy(decoder).to(fast_dtype("cpu"))
-    maker = _PoolMaker(crops, LpipsVgg(vgg, torch.bfloat16), encode, decoder)
+    decoder = copy.deepcopy(decoder).to(device=device, dtype=fast_dtype(device))
+    encoder = copy.deepcopy(encoder).to(device)
+    teacher = LpipsVgg(vgg, torch.bfloat16).to(device)
+    maker = _PoolMaker(Crops(photos, CROP, seed, streams), teacher, encoder, decoder, torch.device(device))
 
     def pool(name: str, student: FeatureNetwork | None, number: int, size: int, held_out: bool = False) -> Pool:
         def make() -> dict[str, Tensor]:
             report(f"making {name}")
-            return maker.pool(student, size, np.random.default_rng((seed, number)), held_out).__dict__
+            return maker.pool(student, size, (seed, number), held_out).__dict__
 
-        return Pool(**_saved(folder / f"{name}.pt", make))
+        return Pool(**{name: own.to(device) for name, own in _saved(folder / f"{name}.pt", make).items()})
 
     torch.manual_seed(seed)
-    student = FeatureNetwork() if start is None else load_features(start).requires_grad_(True)
+    student = (FeatureNetwork() if start is None else load_features(start)).requires_grad_(True).to(device)
     validation = [pool("validation-teacher", None, 1000, VALIDATION, held_out=True)]
     pools: list[Pool] = []
     for number in range(rounds):
@@ -126,7 +140,7 @@ def distill_features(
             student.load_state_dict(safetensors.torch.load_file(checkpoint))
             continue
         rates = _rates(number, rounds, iterations)
-        _train(student, pools, decoder, rates, np.random.default_rng((seed, 2000 + number)), report)
+        _train(student, pools, decoder, rates, crops, np.random.default_rng((seed, 2000 + number)), report)
         figures = [_validate(student, own, decoder) for own in validation]
         report(json.dumps({"round": number, "validation": figures}))
         _write(student.state_dict(), checkpoint)
@@ -152,43 +166,72 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _rates(number: int, rounds: int, iterations: int) -> Iterator[float]:
-    """Learning rates of a round: one rise and one half cosine over all rounds."""
+    """Learning rates of a round: one rise over all rounds, and a fall to zero over most of them."""
     total = rounds * iterations
     for done in range(number * iterations, (number + 1) * iterations):
-        yield 2e-3 * min(1, (done + 1) / 100) * 0.5 * (1 + float(np.cos(np.pi * done / total)))
+        yield LEARNING_RATE * min(1.0, (done + 1) / (RISE * total), (total - done) / (FALL * total))
+
+
+class _Starts(Dataset):
+    """What descents begin with, as functions of their numbers: photos [N, 3, CROP, CROP] uint8, quantisation steps
+    [N, 1, 1, 1], and latents of streams for the first of them."""
+
+    def __init__(self, crops: Crops, count: int, seed: tuple[int, int], held_out: bool) -> None:
+        self._crops, self._count, self._seed, self._held_out = crops, count, seed, held_out
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        random = np.random.default_rng((*self._seed, number))
+        streams = self._crops.held_out_coded if self._held_out else self._crops.coded
+        coded = int(random.binomial(self._count, CODED_SHARE)) if streams else 0
+        photos, steps, latents = [], [], torch.empty(0)
+        if coded:
+            latents, pixels = self._crops.coded_batch(random, coded, self._held_out)
+            photos.append(pixels)
+            steps.append(_log_uniform(random, CODED_STEPS, coded))
+        if coded < self._count:
+            photos.append(self._crops.batch(random, self._count - coded, self._held_out))
+            steps.append(_log_uniform(random, STEPS, self._count - coded))
+        step = np.concatenate(steps).astype(np.float32)[:, None, None, None]
+        return (torch.cat(photos) * 255).round().byte(), torch.from_numpy(step), latents
+
+
+def _log_uniform(random: np.random.Generator, bounds: tuple[float, float], count: int) -> np.ndarray:
+    return np.exp(random.uniform(math.log(bounds[0]), math.log(bounds[1]), count))
 
 
 class _PoolMaker:
     def __init__(
-        self, crops: Crops, teacher: LpipsVgg, encode: Callable[[np.ndarray], np.ndarray], decoder: nn.Module
+        self, crops: Crops, teacher: LpipsVgg, encoder: nn.Module, decoder: nn.Module, device: torch.device
     ) -> None:
-        self._crops, self._teacher, self._encode, self._decoder = crops, teacher, encode, decoder
+        self._crops, self._teacher, self._encoder, self._decoder = crops, teacher, encoder, decoder
+        self._device = device
 
-    def pool(self, student: PerceptualDistance | None, size: int, random: np.random.Generator, held_out: bool) -> Pool:
+    def pool(self, student: PerceptualDistance | None, size: int, seed: tuple[int, int], held_out: bool) -> Pool:
         """student: whose descents most of the examples are of; the others are the teacher's."""
-        parts: list[tuple] = []
-        while len(parts) * SIDE_BY_SIDE < size:
+        on_gpu = self._device.type == "cuda"
+        count = min(SIDE_BY_SIDE_ON_GPU if on_gpu else SIDE_BY_SIDE, size)
+        starts = DataLoader(
+            _Starts(self._crops, count, seed, held_out),
+            batch_size=None,
+            sampler=range(-(-size // count)),
+            num_workers=max(1, available_cpus() - 2) if on_gpu else 0,
+        )
+        random, parts = np.random.default_rng(seed), []
+        for photos, step, coded in starts:
+            photos, step = photos.to(self._device), step.to(self._device)
+            start = coded.to(self._device)
+            if len(coded) < len(photos):
+                start = torch.cat([start, self._quantised(photos[len(coded) :], step[len(coded) :], random)])
             leader = self._teacher if student is None or random.random() < BY_TEACHER else student
-            parts.append(self._descend(*self._start(random, held_out), leader, random))
-        return Pool(*(torch.cat(tensors)[:size] for tensors in zip(*parts, strict=True)))
+            parts.append(self._descend(photos, start, step, leader, random))
+        return Pool(*(torch.cat(tensors)[:size].cpu() for tensors in zip(*parts, strict=True)))
 
-    def _start(self, random: np.random.Generator, held_out: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Crops of photos, their latents, and a quantisation step for each."""
-        streams = self._crops.held_out_coded if held_out else self._crops.coded
-        coded = bool(streams) and random.random() < CODED_SHARE
-        if coded:
-            start, crops = self._crops.coded_batch(random, SIDE_BY_SIDE, held_out)
-        else:
-            crops = self._crops.batch(random, SIDE_BY_SIDE, held_out)
-        photos = (crops * 255).round().byte()
-        low, high = np.log(CODED_STEPS if coded else STEPS)
-        drawn = np.exp(random.uniform(low, high, (len(photos), 1, 1, 1)))
-        step = torch.from_numpy(drawn.astype(np.float32))
-        if not coded:
-            start = torch.from_numpy(np.stack([self._encode(crop) for crop in photos.permute(0, 2, 3, 1).numpy()]))
-            offset = torch.from_numpy(random.random(start.shape, np.float32))
-            start = ((start / step + offset).round() - offset) * step
-        return photos, start, step
+    def _quantised(self, photos: Tensor, step: Tensor, random: np.random.Generator) -> Tensor:
+        """Latents of photos."""
+        with torch.no_grad():
+            latents: Tensor = self._encoder(photos.float() / 255)
+        offset = torch.from_numpy(random.random(latents.shape, np.float32)).to(self._device)
+        return ((latents / step + offset).round() - offset) * step
 
     def _descend(
         self, photos: Tensor, start: Tensor, step: Tensor, leader: PerceptualDistance, random: np.random.Generator
@@ -198,11 +241,11 @@ class _PoolMaker:
         scaled = (start / step).requires_grad_(True)
         optimizer = torch.optim.Adam([scaled], lr=DESCENT_RATE, betas=(0.8, 0.95))
         weight, alone = float(random.uniform(*FEATURES)), random.random() < ALONE
-        places = torch.from_numpy(random.integers(0, CROP - COMPARED + 1, (len(photos), 2)))
+        places = torch.from_numpy(random.integers(0, CROP - COMPARED + 1, (len(photos), 2))).to(self._device)
 
         def shown(judge: PerceptualDistance, reference: Reference) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             """Latents with noise, their image, the compared part, and a judge's value of it and gradient by it."""
-            noise = torch.from_numpy(random.uniform(-0.35, 0.35, start.shape).astype(np.float32))
+            noise = torch.from_numpy(random.uniform(-0.35, 0.35, start.shape).astype(np.float32)).to(self._device)
             latents = ((scaled + noise) * step).detach().requires_grad_(True)
             image = _decode(self._decoder, latents)
             part = _cut(image, places)
@@ -230,10 +273,10 @@ class _PoolMaker:
 
 
 def _cut(images: Tensor, places: Tensor) -> Tensor:
-    parts = [
-        image[:, y : y + COMPARED, x : x + COMPARED] for image, (y, x) in zip(images, places.tolist(), strict=True)
-    ]
-    return torch.stack(parts)
+    """The compared parts of images [N, 3, CROP, CROP]."""
+    rows, columns = (places[:, i, None] + torch.arange(COMPARED, device=places.device) for i in (0, 1))
+    images = images.gather(2, rows[:, None, :, None].expand(-1, 3, -1, CROP))
+    return images.gather(3, columns[:, None, None, :].expand(-1, 3, COMPARED, -1))
 
 
 def _relative(a: Tensor, b: Tensor) -> Tensor:
@@ -260,20 +303,21 @@ def _errors(
         images = images[..., top:, left:].rot90(turns, (2, 3))
         return images.flip(3) if mirrored else images
 
-    places = pool.places[indices]
-    latents = pool.latents[indices].clone().requires_grad_(True)
+    own = torch.from_numpy(indices).to(pool.values.device)
+    places = pool.places[own]
+    latents = pool.latents[own].clone().requires_grad_(True)
     image = change(_cut(_decode(decoder, latents), places))
     shown = image.detach().requires_grad_(True)
-    originals = student.reference(change(_cut(pool.photos[indices].float() / 255, places)))
+    originals = student.reference(change(_cut(pool.photos[own].float() / 255, places)))
     value = student.distance(shown, originals)
     training = random is not None
     (gradient,) = torch.autograd.grad(value.sum(), shown, create_graph=training, retain_graph=training)
     # The distance is a mean over positions, here of fewer
-    goal = change(pool.gradients[indices]) * (COMPARED**2 / math.prod(shown.shape[2:]))
+    goal = change(pool.gradients[own]) * (COMPARED**2 / math.prod(shown.shape[2:]))
     (latent_goal,) = torch.autograd.grad(image, latents, goal, retain_graph=True)
     (latent_gradient,) = torch.autograd.grad(image, latents, gradient, create_graph=training)
     errors = [
-        (value.clamp_min(1e-6).log() - pool.values[indices].log()).square().mean(),
+        (value.clamp_min(1e-6).log() - pool.values[own].log()).square().mean(),
         _relative(F.avg_pool2d(gradient, 4), F.avg_pool2d(goal, 4)),  # no decoder paints single pixels
         _relative(latent_gradient, latent_goal),
     ]
@@ -286,24 +330,29 @@ def _train(
     pools: list[Pool],
     decoder: nn.Module,
     rates: Iterator[float],
+    crops: int,
     random: np.random.Generator,
     report: Callable[[str], None],
 ) -> None:
-    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.98))
-    totals: list[np.ndarray] = []
+    kernels = [parameter for parameter in student.parameters() if parameter.ndim == 4]
+    optimizer = Muon(kernels, lr=0.0)
+    optimizer.add_param_group({"params": [parameter for parameter in student.parameters() if parameter.ndim < 4]})
+    weights = torch.tensor(LOSS_WEIGHTS, device=pools[0].values.device)
+    totals = torch.zeros_like(weights)
     for number, rate in enumerate(rates):
         # Half of the examples are of the newest pool
         pool = pools[-1] if random.random() < 0.5 else pools[int(random.integers(len(pools)))]
-        errors, _ = _errors(student, pool, random.integers(len(pool), size=8), decoder, random)
+        errors, _ = _errors(student, pool, random.integers(len(pool), size=crops), decoder, random)
         optimizer.zero_grad(set_to_none=True)
-        (errors * torch.tensor(LOSS_WEIGHTS)).sum().backward()
+        (errors * weights).sum().backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate
+        for group, share in zip(optimizer.param_groups, (1.0, OTHERS_SHARE), strict=True):
+            group["lr"] = rate * share
         optimizer.step()
-        totals.append(errors.detach().numpy())
-        if (number + 1) % 100 == 0:
-            report(f"{number + 1}: value, pixels, latent {np.mean(totals, 0).round(3).tolist()}")
-            totals = []
+        totals += errors.detach() / REPORT_EVERY
+        if (number + 1) % REPORT_EVERY == 0:
+            report(f"{number + 1}: value, pixels, latent {[round(total, 3) for total in totals.tolist()]}")
+            totals.zero_()
 
 
 def _validate(student: FeatureNetwork, pool: Pool, decoder: nn.Module) -> list[float]:

@@ -37,6 +37,7 @@ from clric_decoder.errors import ClricError, ModelError, brief
 from clric_encoder.autoencoder import fast_dtype
 from clric_encoder.networks import (
     Network,
+    SmallBlock,
     SmallDecoder,
     SmallEncoder,
     load_decoder_network,
@@ -157,7 +158,7 @@ def train(
     without, its student alone is used. streams: a folder of streams of the photos by clric-enc with this autoencoder
     as it was when they were made, each named as its photo: the decoder learns what coded latents are like. start: the
     checkpoint of another run, whose weights to begin with; those of `lite` without. decoder: "small", or "large" for a
-    larger decoder, from random weights, of the latents of `start`, whose encoder and prior stay as they are. device:
+    larger decoder of the latents of `start`, whose encoder and prior stay as they are. device:
     cpu or cuda. report: called with lines about the progress.
 
     Gives the paths of the decoder and of the encoder (ONNX, the weights stored in int8) and of their manifests.
@@ -229,6 +230,38 @@ def start_networks(channels: int, size: str = "small") -> nn.ModuleDict:
     return networks
 
 
+@torch.no_grad()
+def grow(decoder: SmallDecoder, small: SmallDecoder) -> None:
+    """Gives a decoder the function of one with at most as many channels and blocks.
+
+    What it has more keeps its weights, and nothing yet leads from there into what the small one has. Its further blocks
+    must be the identity, which new ones are.
+    """
+    pairs = []
+    stages = [_stages(network) for network in (decoder, small)]
+    for (blocks, convolution), (small_blocks, small_convolution) in zip(*stages, strict=True):
+        pairs.append((convolution, small_convolution))
+        for block, small_block in zip(blocks, small_blocks, strict=False):
+            pairs += [(block.first, small_block.first), (block.second, small_block.second)]
+    for new, old in pairs:
+        outputs, inputs = old.weight.shape[:2]
+        new.weight[:outputs, inputs:] = 0
+        new.weight[:outputs, :inputs] = old.weight
+        new.bias[:outputs] = old.bias
+
+
+def _stages(decoder: SmallDecoder) -> list[tuple[list[SmallBlock], nn.Conv2d]]:
+    """The blocks at each size, and the convolution that follows on them."""
+    result, blocks = [], []
+    for layer in decoder.layers:
+        if isinstance(layer, SmallBlock):
+            blocks.append(layer)
+        elif isinstance(layer, nn.Conv2d):
+            result.append((blocks, layer))
+            blocks = []
+    return result
+
+
 def _read(checkpoint: Path) -> dict[str, Any]:
     """What `_Run.save` wrote. Raises ModelError for a damaged file."""
     try:
@@ -270,16 +303,21 @@ class _Run:
     def start_from(self, checkpoint: Path) -> None:
         """Takes the averaged weights of another run, and the number of its iterations if all is trained on.
 
-        A large decoder keeps its own. Raises ModelError for a checkpoint that does not fit.
+        A large decoder begins as the small one. Raises ModelError for a checkpoint that does not fit.
         """
         state = _read(checkpoint)
         weights = {name: value.float() for name, value in state["average"].items()}
-        if self.only_decoder:
-            others = {name: value for name, value in weights.items() if not name.startswith("decoder.")}
-            weights = {**self.model.state_dict(), **others}
-        else:
-            self.iteration = state["iteration"]
         try:
+            if self.only_decoder:
+                networks = start_networks(self.settings.channels)
+                networks.load_state_dict(weights)
+                small, decoder = networks["decoder"], copy.deepcopy(self._decoder).cpu()
+                assert isinstance(small, SmallDecoder)
+                grow(decoder, small)
+                networks["decoder"] = decoder
+                weights = networks.state_dict()
+            else:
+                self.iteration = state["iteration"]
             for network in (self.model, self.average):
                 network.load_state_dict(weights)
         except RuntimeError as error:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from clric_decoder import ClricError
-from clric_encoder.networks import load_decoder_network
+from clric_encoder.networks import load_decoder_network, load_encoder_network
 from clric_encoder.training.features import load_features
 from clric_export import feature_distillation
 from clric_export.crops import HELD_OUT, Crops
@@ -42,13 +42,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(photos: Path, vgg: Path, folder: Path) -> bytes:
-    def encode(image: np.ndarray) -> np.ndarray:
-        means = image.reshape(16, 8, 16, 8, 3).mean((1, 3)).transpose(2, 0, 1) / 128 - 1
-        return np.concatenate([means, means[:1]]).astype(np.float32)
-
-    decoder = load_decoder_network("lite").module.train()
+    encoder, decoder = load_encoder_network("lite").module, load_decoder_network("lite").module.train()
     return distill_features(
-        photos, vgg, folder, encode=encode, decoder=decoder, rounds=2, pool_size=8, iterations=2
+        photos, vgg, folder, encoder=encoder, decoder=decoder, rounds=2, pool_size=8, iterations=2
     ).read_bytes()
 
 
@@ -80,9 +76,9 @@ def test_the_gradients_of_a_pool_are_the_teachers(photos: Path, vgg: Path) -> No
     from clric_encoder.training.features import LpipsVgg
 
     teacher, decoder = LpipsVgg(vgg), load_decoder_network("lite").module.train()
-    crops = Crops(photos, feature_distillation.CROP, 0)
-    maker = feature_distillation._PoolMaker(crops, teacher, lambda crop: np.zeros((4, 16, 16), np.float32), decoder)
-    pool = maker.pool(None, 8, np.random.default_rng(0), held_out=False)
+    encoder, crops = load_encoder_network("lite").module, Crops(photos, feature_distillation.CROP, 0)
+    maker = feature_distillation._PoolMaker(crops, teacher, encoder, decoder, torch.device("cpu"))
+    pool = maker.pool(None, 8, (0, 0), held_out=False)
     latent = pool.latents[:1].clone().requires_grad_(True)
     image = feature_distillation._cut(decoder(latent), pool.places[:1])
     original = feature_distillation._cut(pool.photos[:1].float() / 255, pool.places[:1])
@@ -106,9 +102,9 @@ def test_a_network_that_equals_the_teacher_has_no_error_however_examples_are_tur
             return (image - reference).square().mean((1, 2, 3))
 
     decoder = load_decoder_network("lite").module.train()
-    crops = Crops(photos, feature_distillation.CROP, 0)
-    maker = feature_distillation._PoolMaker(crops, Pixels(), lambda crop: np.zeros((4, 16, 16), np.float32), decoder)
-    pool = maker.pool(None, 8, np.random.default_rng(0), held_out=False)
+    encoder, crops = load_encoder_network("lite").module, Crops(photos, feature_distillation.CROP, 0)
+    maker = feature_distillation._PoolMaker(crops, Pixels(), encoder, decoder, torch.device("cpu"))
+    pool = maker.pool(None, 8, (0, 0), held_out=False)
     random = np.random.default_rng(1)
     for _ in range(4):
         errors, cosine = feature_distillation._errors(Pixels(), pool, np.arange(8), decoder, random)

@@ -23,6 +23,7 @@ from clric_export.crops import Crops, list_photos
 from clric_export.prior import Prior, laplace_probability
 from clric_export.train import flat_latents, mesh_loss, mesh_peaks, ripple_loss, train
 from PIL import Image
+from torch import nn
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,17 @@ def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
         run("no start", 2, decoder="large")
     with pytest.raises(ModelError, match="does not match this architecture"):
         run("other channels", 4, start=checkpoint, channels=4)
+
+
+def test_a_large_decoder_begins_as_the_small_one() -> None:
+    torch.manual_seed(0)
+    small, large = SmallDecoder(8), SmallDecoder(8, *training.DECODERS["large"])
+    for parameter in small.parameters():
+        nn.init.normal_(parameter, 0, 0.05)
+    latents = torch.randn(1, 8, 5, 6)
+    assert not torch.allclose(large(latents), small(latents), atol=1e-2)
+    training.grow(large, small)
+    torch.testing.assert_close(large(latents), small(latents))
 
 
 def test_command_names_what_is_missing(photos: Path, tmp_path: Path) -> None:
