@@ -21,7 +21,7 @@ from .rate import Rate, choose_rate
 from .stream import Encoded, check_image, check_latent, decode_checked, write_stream
 from .torch_threads import settle
 from .training.distortion import ImageDecoder, ImageDistortion
-from .training.features import LpipsVgg, PerceptualDistance, load_features
+from .training.features import LpipsVgg, PerceptualDistance, Textured, load_features
 from .training.loop import Function, Report, overfit
 from .training.presets import Preset, find_preset
 from .training.rate_control import MIN_FILL
@@ -134,7 +134,7 @@ def load_tuning(
     else:
         network = load_features().to(device)
         network.set_dtype(fast_dtype(device))
-        perceptual = network
+        perceptual = Textured(network)
     return Tuning(decoder, perceptual)
 
 

@@ -16,7 +16,7 @@ from clric_encoder.networks import load_decoder_network
 from clric_encoder.rate import Rate
 from clric_encoder.training import distortion
 from clric_encoder.training.distortion import ImageDecoder, ImageDistortion, ms_ssim, structure
-from clric_encoder.training.features import WEIGHTS, FeatureNetwork, load_features
+from clric_encoder.training.features import WEIGHTS, FeatureNetwork, PerceptualDistance, Textured, load_features
 from clric_encoder.training.presets import PRESETS
 
 
@@ -178,8 +178,8 @@ def test_the_feature_network_keeps_its_limits() -> None:
     assert multiplications <= 5000
 
 
-def test_features_have_a_gradient_where_nothing_is() -> None:
-    network = load_features()
+@pytest.mark.parametrize("network", [load_features(), Textured(load_features())], ids=["plain", "textured"])
+def test_features_have_a_gradient_where_nothing_is(network: PerceptualDistance) -> None:
     black = torch.zeros(1, 3, 48, 40, requires_grad=True)
     other = torch.rand(1, 3, 48, 40, generator=torch.Generator().manual_seed(0))
     reference = network.reference(other)
@@ -217,6 +217,19 @@ def test_blur_is_farther_than_a_shade(face: np.ndarray) -> None:
     reference = network.reference(pixels)
     distances = [network.distance(image, reference).item() for image in (darker, blurred)]
     assert distances[0] < distances[1]
+
+
+def test_another_texture_of_one_kind_is_nearer_than_none() -> None:
+    """By textures alone, since point by point noise is farther from other noise than from grey."""
+    network = load_features()
+    textured = Textured(network)
+    noise = [torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    smooth = torch.nn.functional.avg_pool2d(noise[0], 5, 1, 2, count_include_pad=False)
+    reference, plain = textured.reference(noise[0]), network.reference(noise[0])
+    other, none = (
+        (textured.distance(image, reference) - network.distance(image, plain)).item() for image in (noise[1], smooth)
+    )
+    assert 0 < 4 * other < none
 
 
 def test_a_damaged_feature_network_is_named(tmp_path: Path) -> None:

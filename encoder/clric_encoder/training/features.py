@@ -3,7 +3,8 @@
 LPIPS (Zhang et al., 2018) compares the features of a large classification network. It is a good judge and costs 300,000
 multiply-accumulates per pixel. `FeatureNetwork` costs 4,900 and was trained to have the same value and, since it is
 descended on, the same gradient (clric_export/feature_distillation.py). `LpipsVgg` is the original, for its training and
-for who has the weights.
+for who has the weights. `Textured` adds to the student's distance how much rougher or smoother textures are: where a
+network cannot tell what a texture is, the distance alone makes it smooth.
 """
 
 from __future__ import annotations
@@ -30,8 +31,14 @@ _VGG_POOLS, _VGG_TAPS = (2, 4, 7, 10), (1, 3, 6, 9, 12)
 _SMALL = 1e-10
 
 # Of an original: for each layer that is compared, its features of unit length times the weights of their channels,
-# [N, C, h, w] in the type that the layer computes in, and the sum of their squares by these weights, [N, h, w].
-Reference = list[tuple[Tensor, Tensor]]
+# [N, C, h, w] in the type that the layer computes in, and the sum of their squares by these weights, [N, h, w]; and
+# what else a distance needs.
+Reference = list[tuple[Tensor, ...]]
+
+# The weight of textures, the sides of the windows in which variances are compared, by layer (the first, as large as all
+# others together, changes little), and what is added to the variances: a share of an image's mean, and what keeps roots
+# and quotients of nothing finite.
+_TEXTURE_WEIGHT, _WINDOWS, _FLOOR, _TINY = 0.06, (0, 8, 4, 4, 4, 4), 0.1, 1e-6
 
 
 class PerceptualDistance(Protocol):
@@ -59,18 +66,23 @@ class _Lpips(nn.Module):
         raise NotImplementedError
 
     def reference(self, original: Tensor) -> Reference:
-        result = []
-        for x, weights in zip(self.features(original), self.weights(), strict=True):
+        return self.reference_of(self.features(original))
+
+    def distance(self, image: Tensor, reference: Reference) -> Tensor:
+        return self.compare(self.features(image), reference)
+
+    def reference_of(self, features: list[Tensor]) -> Reference:
+        result: Reference = []
+        for x, weights in zip(features, self.weights(), strict=True):
             dtype, x = x.dtype, x.float()
             unit = x * (x.square().sum(1, keepdim=True) + _SMALL).rsqrt()
             weighted = unit * weights[:, None, None]
             result.append((weighted.to(dtype), (weighted * unit).sum(1)))
         return result
 
-    def distance(self, image: Tensor, reference: Reference) -> Tensor:
-        features = self.features(image)
-        result = features[0].new_zeros(len(image), dtype=torch.float32)
-        for x, weights, (original, constant) in zip(features, self.weights(), reference, strict=True):
+    def compare(self, features: list[Tensor], reference: Reference) -> Tensor:
+        result = features[0].new_zeros(len(features[0]), dtype=torch.float32)
+        for x, weights, (original, constant, *_) in zip(features, self.weights(), reference, strict=True):
             # The squared difference multiplied out: a third of the time, as most of it is that of memory
             x = x.float()
             sums = x.square().movedim(1, 3) @ torch.stack([torch.ones_like(weights), weights], 1)
@@ -113,6 +125,49 @@ class FeatureNetwork(_Lpips):
 
     def weights(self) -> list[Tensor]:
         return [head.square() for head in self.heads]
+
+
+class Textured:
+    """A feature network's distance, and how much the deviations of its features differ within windows.
+
+    The difference of two deviations a and b is (a - b)^2 / (a^2 + b^2 + c), one minus what SSIM has of contrasts (Wang
+    et al., 2004): in [0, 1], c keeping it small where the original has nearly none.
+    """
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        self._network = network
+
+    def reference(self, original: Tensor) -> Reference:
+        features = self._network.features(original)
+        result = self._network.reference_of(features)
+        for i, (x, side) in enumerate(zip(features, _WINDOWS, strict=True)):
+            if side:
+                variance = _variance(x, side)
+                floor = _FLOOR * variance.mean((2, 3), keepdim=True) + _TINY
+                result[i] = (*result[i], variance.sqrt(), variance + floor)
+        return result
+
+    def distance(self, image: Tensor, reference: Reference) -> Tensor:
+        features = self._network.features(image)
+        result = self._network.compare(features, reference)
+        for x, side, (*_, deviation, constant) in zip(features, _WINDOWS, reference, strict=True):
+            if side:
+                variance = _variance(x, side)
+                difference = (variance.sqrt() - deviation).square() / (variance + constant)
+                result = result + _TEXTURE_WEIGHT * difference.mean((1, 2, 3))
+        return result
+
+
+def _variance(x: Tensor, side: int) -> Tensor:
+    """Of features [N, C, h, w] in windows of this side, even, at every half of it: [N, C, rows, columns], above 0.
+
+    A side of h or w below that is one window.
+    """
+    x = x.float()
+    half = [min(side // 2, max(1, length // 2)) for length in x.shape[2:]]
+    # By halves of windows, of which each is a part of four
+    mean, square = (F.avg_pool2d(F.avg_pool2d(values, half), 2, 1) for values in (x, x.square()))
+    return (square - mean.square()).clamp_min(0) + _TINY
 
 
 class LpipsVgg(_Lpips):
