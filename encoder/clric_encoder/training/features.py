@@ -35,10 +35,10 @@ _SMALL = 1e-10
 # what else a distance needs.
 Reference = list[tuple[Tensor, ...]]
 
-# The weight of textures, the sides of the windows in which variances are compared, by layer (the first, as large as all
-# others together, changes little), and what is added to the variances: a share of an image's mean, and what keeps roots
-# and quotients of nothing finite.
-_TEXTURE_WEIGHT, _WINDOWS, _FLOOR, _TINY = 0.06, (0, 8, 4, 4, 4, 4), 0.1, 1e-6
+# The weight of textures; the layers whose deviations are compared, and the side of the windows in which they are taken
+# (the others change little, and cost ten times as much); and what is added to variances: a share of an image's mean,
+# and what keeps roots and quotients of nothing finite.
+_TEXTURE_WEIGHT, _TEXTURE_LAYERS, _SIDE, _FLOOR, _TINY = 0.12, (3, 4, 5), 4, 0.1, 1e-6
 
 
 class PerceptualDistance(Protocol):
@@ -140,31 +140,30 @@ class Textured:
     def reference(self, original: Tensor) -> Reference:
         features = self._network.features(original)
         result = self._network.reference_of(features)
-        for i, (x, side) in enumerate(zip(features, _WINDOWS, strict=True)):
-            if side:
-                variance = _variance(x, side)
-                floor = _FLOOR * variance.mean((2, 3), keepdim=True) + _TINY
-                result[i] = (*result[i], variance.sqrt(), variance + floor)
+        for layer in _TEXTURE_LAYERS:
+            variance = _variance(features[layer])
+            floor = _FLOOR * variance.mean((2, 3), keepdim=True) + _TINY
+            result[layer] = (*result[layer], variance.sqrt(), variance + floor)
         return result
 
     def distance(self, image: Tensor, reference: Reference) -> Tensor:
         features = self._network.features(image)
         result = self._network.compare(features, reference)
-        for x, side, (*_, deviation, constant) in zip(features, _WINDOWS, reference, strict=True):
-            if side:
-                variance = _variance(x, side)
-                difference = (variance.sqrt() - deviation).square() / (variance + constant)
-                result = result + _TEXTURE_WEIGHT * difference.mean((1, 2, 3))
+        for layer in _TEXTURE_LAYERS:
+            *_, deviation, constant = reference[layer]
+            variance = _variance(features[layer])
+            difference = (variance.sqrt() - deviation).square() / (variance + constant)
+            result = result + _TEXTURE_WEIGHT * difference.mean((1, 2, 3))
         return result
 
 
-def _variance(x: Tensor, side: int) -> Tensor:
-    """Of features [N, C, h, w] in windows of this side, even, at every half of it: [N, C, rows, columns], above 0.
+def _variance(x: Tensor) -> Tensor:
+    """Of features [N, C, h, w] in windows, at every half of a window: [N, C, rows, columns], above 0.
 
     A side of h or w below that is one window.
     """
     x = x.float()
-    half = [min(side // 2, max(1, length // 2)) for length in x.shape[2:]]
+    half = [min(_SIDE // 2, max(1, length // 2)) for length in x.shape[2:]]
     # By halves of windows, of which each is a part of four
     mean, square = (F.avg_pool2d(F.avg_pool2d(values, half), 2, 1) for values in (x, x.square()))
     return (square - mean.square()).clamp_min(0) + _TINY
