@@ -255,9 +255,9 @@ def train_decoder(
         total = sum(F.l1_loss(F.avg_pool2d(image, side), F.avg_pool2d(pixels, side)) for side in COLOUR_SCALES)
         total = total + PHOTO_PIXELS_WEIGHT * F.l1_loss(image, pixels)
         total = total + TEACHER_PIXELS_WEIGHT * F.l1_loss(image, taught)
-        total = total + PHOTO_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels, scales=4)))
-        total = total + TEACHER_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(taught, scales=4)))
-        total = total + FLATNESS_WEIGHT * flatness_loss(image, flat_areas(pixels))
+        total = total + PHOTO_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels, scales=4)).mean())
+        total = total + TEACHER_STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(taught, scales=4)).mean())
+        total = total + FLATNESS_WEIGHT * flatness_loss(image, flat_areas(pixels)).mean()
         if lpips is not None and iteration >= settings.plain * settings.iterations:
             # Half of the batch: LPIPS of a crop costs as much as its decoding, and more crops teach more.
             half = len(image) // 2

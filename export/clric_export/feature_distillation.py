@@ -260,7 +260,7 @@ class _PoolMaker:
             loss = weight * (part * gradient).sum()
             if not alone:
                 errors = PIXELS * F.mse_loss(image, originals) + STRUCTURE * (
-                    1 - ms_ssim(image, structure(originals, scales=4))
+                    1 - ms_ssim(image, structure(originals, scales=4)).mean()
                 )
                 loss = loss + len(photos) * errors
             (to_latents,) = torch.autograd.grad(loss, latents)

@@ -461,8 +461,8 @@ class _Run:
         return {
             "pixels": PIXELS_WEIGHT * F.l1_loss(image, pixels),
             "colour": COLOUR_WEIGHT * F.l1_loss(F.avg_pool2d(image, 8), F.avg_pool2d(pixels, 8)),
-            "structure": STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels))),
-            "flatness": FLATNESS_WEIGHT * flatness_loss(image, flat_areas(pixels)),
+            "structure": STRUCTURE_WEIGHT * (1 - ms_ssim(image, structure(pixels)).mean()),
+            "flatness": FLATNESS_WEIGHT * flatness_loss(image, flat_areas(pixels)).mean(),
             "perceptual": self._perceptual(image, pixels, random),
             "mesh": MESH_WEIGHT * mesh_loss(image, pixels),
             "ripple": RIPPLE_WEIGHT * ripple_loss(self._decoder, vectors),

@@ -93,6 +93,24 @@ def test_tiles_see_what_the_whole_sees(face: np.ndarray, lite: ImageDecoder, mon
     assert tiled.losses.item() == pytest.approx(whole.losses.item(), rel=1e-4)
 
 
+def test_images_that_are_looked_at_together_count_each_alone(
+    face: np.ndarray, lite: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; the last has a row less, and another shape with it."""
+    monkeypatch.setattr(distortion, "_spans", lambda length, count: [(0, 9), (9, length)])
+    images = [face, face[::-1].copy(), face[:, ::-1].copy(), face[:-1]]
+    encoder = load_encoder("lite")
+    latents = torch.from_numpy(np.stack([encoder.encode(image) for image in images]))
+    alone, together = (ImageDistortion(images, latents, lite, load_features()) for _ in range(2))
+    assert len(alone._tiles[0]) == 4
+    together._together = 2
+    for image in (alone, together):
+        image.look(latents + 0.1, range(4))
+    torch.testing.assert_close(together.losses, alone.losses, rtol=1e-2, atol=0)
+    moves = alone.targets - latents
+    assert (together.targets - alone.targets).norm() < 0.05 * moves.norm()
+
+
 def test_a_tuned_file_is_no_larger_and_its_picture_better(face: np.ndarray) -> None:
     plain, tuned = (encode(face, vae="lite", preset="fast", tune=tune, quality=60) for tune in ("none", "auto"))
     assert len(tuned) <= len(plain)

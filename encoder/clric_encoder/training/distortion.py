@@ -45,6 +45,9 @@ CURVATURE = 1.2
 # Pixels that are decoded at once, at most: 512 x 512 and what is around them, for some 0.4 GB.
 TILE_PIXELS = 640 * 640
 
+# Tiles of one shape that are decoded together on a GPU, where launches of small kernels take longer than their work.
+TILES_ON_GPU = 8
+
 # Corners at which the perceptual distance begins to read the image, in turns: features are of every 2nd to 16th pixel,
 # and a raster that never moved would be filled with what it does not see, a mesh in flat areas.
 CORNERS = ((0, 0), (5, 11), (10, 6), (15, 1), (3, 14), (13, 9), (8, 4))
@@ -102,7 +105,7 @@ class _Tile:
     seen: tuple[slice, slice]
     share: float
     pixels: Tensor
-    structure: list[tuple[Tensor, Tensor, Tensor]]
+    structure: list[tuple[Tensor, ...]]
     flat: list[tuple[int, Tensor, Tensor]]
     flatness: Tensor
     references: list[Reference]
@@ -126,6 +129,7 @@ class ImageDistortion:
         self._decoder, self._perceptual = decoder, perceptual
         self._threads = torch.get_num_threads()
         self._looks = 0
+        self._together = TILES_ON_GPU if latents.is_cuda else 1
         with torch.no_grad():
             self._tiles = [self._tiles_of(image, latent) for image, latent in zip(images, latents, strict=True)]
 
@@ -139,16 +143,18 @@ class ImageDistortion:
     def look(self, latents: Tensor, owners: Sequence[int]) -> None:
         """Decodes the latents, and moves the targets against the gradients of the images' losses; sets `losses`."""
         with torch_threads(self._threads):  # the training loop keeps torch to one
-            for latent, owner in zip(latents, owners, strict=True):
-                gradient, loss = torch.zeros_like(latent), 0.0
-                for tile in self._tiles[owner]:
-                    part = latent[(None, slice(None), *tile.seen)].detach().requires_grad_(True)
-                    value = self._loss(tile, self._decode(tile, part)) * tile.share
-                    (own,) = torch.autograd.grad(value, part)
-                    gradient[(slice(None), *tile.seen)] += own[0]
-                    loss += value.item()
-                self.losses[owner] = loss
-                self.targets[owner] = latent - gradient * (latent.numel() / (2 * CURVATURE))
+            shapes = [[tile.pixels.shape for tile in self._tiles[owner]] for owner in owners]
+            for numbers in _side_by_side(shapes, self._together):
+                own_latents, own_owners = latents[numbers], [owners[i] for i in numbers]
+                gradients, losses = torch.zeros_like(own_latents), own_latents.new_zeros(len(numbers))
+                for tiles in zip(*(self._tiles[owner] for owner in own_owners), strict=True):
+                    seen = (slice(None), slice(None), *tiles[0].seen)
+                    part = own_latents[seen].detach().requires_grad_(True)
+                    values = self._loss(tiles, part) * tiles[0].share
+                    gradients[seen] += torch.autograd.grad(values.sum(), part)[0]
+                    losses += values.detach()
+                self.losses[own_owners] = losses
+                self.targets[own_owners] = own_latents - gradients * (latents[0].numel() / (2 * CURVATURE))
         self._looks += 1
 
     def seconds(self) -> float:
@@ -157,7 +163,7 @@ class ImageDistortion:
         latent = self.targets[(slice(1), slice(None), *tile.seen)]
         begin = time.monotonic()
         with torch.inference_mode():
-            self._loss(tile, self._decode(tile, latent))
+            self._loss([tile], latent)
         return 3 * (time.monotonic() - begin) / tile.share * len(self._tiles)
 
     def _decode(self, tile: _Tile, latents: Tensor) -> Tensor:
@@ -166,18 +172,25 @@ class ImageDistortion:
         height, width = tile.pixels.shape[2:]
         return image[..., top : top + height, left : left + width].float()
 
-    def _loss(self, tile: _Tile, image: Tensor) -> Tensor:
-        loss = PIXELS_WEIGHT * F.mse_loss(image, tile.pixels)
-        if tile.structure:
-            loss = loss + STRUCTURE_WEIGHT * (1 - ms_ssim(image, tile.structure))
-        loss = loss + FLATNESS_WEIGHT * flatness_loss(image, tile.flat)
-        if tile.references:
+    def _loss(self, tiles: Sequence[_Tile], latents: Tensor) -> Tensor:
+        """[N], of latents [N, C, h, w] of the same tile of several images."""
+        image = self._decode(tiles[0], latents)
+        pixels, featureless = _cat([(tile.pixels, tile.flatness) for tile in tiles])
+        loss = PIXELS_WEIGHT * (image - pixels).square().mean((1, 2, 3))
+        if tiles[0].structure:
+            scales = [_cat(own) for own in zip(*(tile.structure for tile in tiles), strict=True)]
+            loss = loss + STRUCTURE_WEIGHT * (1 - ms_ssim(image, scales))
+        areas = [
+            (own[0][0], *_cat([area[1:] for area in own])) for own in zip(*(tile.flat for tile in tiles), strict=True)
+        ]
+        loss = loss + FLATNESS_WEIGHT * flatness_loss(image, areas)
+        if tiles[0].references:
             assert self._perceptual is not None
             number = self._looks % len(CORNERS)
             top, left = CORNERS[number]
-            shown = torch.lerp(image, tile.pixels, tile.flatness)
-            distance = self._perceptual.distance(shown[..., top:, left:], tile.references[number])
-            loss = loss + PERCEPTUAL_WEIGHT * distance[0]
+            shown = torch.lerp(image, pixels, featureless)
+            reference = [_cat(own) for own in zip(*(tile.references[number] for tile in tiles), strict=True)]
+            loss = loss + PERCEPTUAL_WEIGHT * self._perceptual.distance(shown[..., top:, left:], reference)
         return loss
 
     def _tiles_of(self, image: np.ndarray, latent: Tensor) -> list[_Tile]:
@@ -209,16 +222,29 @@ class ImageDistortion:
         return tiles
 
 
+def _side_by_side(shapes: Sequence[list[torch.Size]], most: int) -> list[list[int]]:
+    """Numbers of those that have the same shapes, at most so many together."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for number, own in enumerate(shapes):
+        groups.setdefault(tuple(own), []).append(number)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
+def _cat(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Tensors of several images as those of a batch."""
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(own) for own in zip(*parts, strict=True))
+
+
 def _spans(length: int, count: int) -> list[tuple[int, int]]:
     return [(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
-def structure(image: Tensor, scales: int = len(_SCALE_WEIGHTS)) -> list[tuple[Tensor, Tensor, Tensor]]:
+def structure(image: Tensor, scales: int = len(_SCALE_WEIGHTS)) -> list[tuple[Tensor, ...]]:
     """What MS-SSIM needs of the original [N, 3, H, W]: for each scale the image, its local means and variances.
 
     scales: at most; an image with sides below 176 pixels has fewer than five, one below 11 none.
     """
-    result: list[tuple[Tensor, Tensor, Tensor]] = []
+    result: list[tuple[Tensor, ...]] = []
     while len(result) < scales and min(image.shape[2:]) >= WINDOW:
         mean = _blur(image)
         result.append((image, mean, _blur(image * image) - mean * mean))
@@ -226,14 +252,14 @@ def structure(image: Tensor, scales: int = len(_SCALE_WEIGHTS)) -> list[tuple[Te
     return result
 
 
-def ms_ssim(image: Tensor, original: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Mean multi-scale structural similarity of images [N, 3, H, W] in [0, 1] to originals (`structure`), on RGB.
+def ms_ssim(image: Tensor, original: list[tuple[Tensor, ...]]) -> Tensor:
+    """Multi-scale structural similarity of images [N, 3, H, W] in [0, 1] to originals (`structure`), on RGB: [N].
 
     With all five scales it is the published measure but for its windows, of which every fourth is looked at; fewer
     scales have their weights normalised.
     """
     weights = torch.tensor(_SCALE_WEIGHTS[: len(original)]).to(image)
-    result = image.new_ones(())
+    result = image.new_ones(image.shape[:2])
     for scale, (weight, (reference, mean_b, variance_b)) in enumerate(
         zip(weights / weights.sum(), original, strict=True)
     ):
@@ -247,7 +273,7 @@ def ms_ssim(image: Tensor, original: list[tuple[Tensor, Tensor, Tensor]]) -> Ten
         result = result * similarity.mean((2, 3)).clamp(min=1e-4) ** weight
         if scale + 1 < len(original):
             image = F.avg_pool2d(image, 2)
-    return result.mean()
+    return result.mean(1)
 
 
 def flat_areas(image: Tensor) -> list[tuple[int, Tensor, Tensor]]:
@@ -272,13 +298,13 @@ def flatness(image: Tensor) -> Tensor:
 
 
 def flatness_loss(image: Tensor, original: list[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """Mean error of neighbouring pixels' differences where the original (`flat_areas`) is flat.
+    """Mean error of neighbouring pixels' differences where the original (`flat_areas`) is flat, [N].
 
     A mesh of a few grey levels in a flat area is below what MS-SSIM's constants and LPIPS notice; eyes do.
     """
-    loss = image.new_zeros(())
+    loss = image.new_zeros(len(image))
     for axis, differences, flat in original:
-        loss = loss + ((image.diff(dim=axis) - differences).abs() * flat).mean()
+        loss = loss + ((image.diff(dim=axis) - differences).abs() * flat).mean((1, 2, 3))
     return loss
 
 
