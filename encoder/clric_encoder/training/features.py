@@ -38,7 +38,7 @@ Reference = list[tuple[Tensor, ...]]
 # The weight of textures; the layers whose deviations are compared, and the side of the windows in which they are taken
 # (the others change little, and cost ten times as much); and what is added to variances: a share of an image's mean,
 # and what keeps roots and quotients of nothing finite.
-_TEXTURE_WEIGHT, _TEXTURE_LAYERS, _SIDE, _FLOOR, _TINY = 0.12, (3, 4, 5), 4, 0.1, 1e-6
+_TEXTURE_WEIGHT, _TEXTURE_LAYERS, _SIDE, _FLOOR, _TINY = 0.06, (3, 4, 5), 4, 0.1, 1e-6
 
 
 class PerceptualDistance(Protocol):
