@@ -79,7 +79,7 @@ def caption(codec: str, data: bytes, original: np.ndarray, image: np.ndarray) ->
     psnr = 10 * np.log10(255**2 / np.mean((original.astype(float) - image) ** 2))
     a, b = (torch.from_numpy(x.copy()).permute(2, 0, 1)[None].float() / 255 for x in (original, image))
     bpp = 8 * len(data) / (original.shape[0] * original.shape[1])
-    return f"{codec}: {len(data):,} bytes, {bpp:.3f} bpp, {psnr:.1f} dB, MS-SSIM {ms_ssim(a, structure(b)):.3f}"
+    return f"{codec}: {len(data):,} bytes, {bpp:.3f} bpp, {psnr:.1f} dB, MS-SSIM {ms_ssim(a, structure(b)).item():.3f}"
 
 
 def side_by_side(rows: list[list[tuple[np.ndarray, str] | None]]) -> np.ndarray:
