@@ -72,6 +72,7 @@ class _Lpips(nn.Module):
         return self.compare(self.features(image), reference)
 
     def reference_of(self, features: list[Tensor]) -> Reference:
+        """`reference` of an original with these features."""
         result: Reference = []
         for x, weights in zip(features, self.weights(), strict=True):
             dtype, x = x.dtype, x.float()
@@ -81,6 +82,7 @@ class _Lpips(nn.Module):
         return result
 
     def compare(self, features: list[Tensor], reference: Reference) -> Tensor:
+        """`distance` of an image with these features."""
         result = features[0].new_zeros(len(features[0]), dtype=torch.float32)
         for x, weights, (original, constant, *_) in zip(features, self.weights(), reference, strict=True):
             # The squared difference multiplied out: a third of the time, as most of it is that of memory
@@ -158,9 +160,9 @@ class Textured:
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Of features [N, C, h, w] in windows, at every half of a window: [N, C, rows, columns], above 0.
+    """Of features [N, C, h, w] in windows of `_SIDE`, smaller where h or w is, at every half of a window.
 
-    A side of h or w below that is one window.
+    [N, C, rows, columns], above 0.
     """
     x = x.float()
     half = [min(_SIDE // 2, max(1, length // 2)) for length in x.shape[2:]]
