@@ -1,7 +1,7 @@
 """Perceptual features of an image: a small network, distilled from LPIPS-VGG, whose distance is a part of the loss.
 
 LPIPS (Zhang et al., 2018) compares the features of a large classification network. It is a good judge and costs 300,000
-multiply-accumulates per pixel. `FeatureNetwork` costs 4,900 and was trained to have the same value and, since it is
+multiply-accumulates per pixel. `FeatureNetwork` costs 4,800 and was trained to have the same value and, since it is
 descended on, the same gradient (clric_export/feature_distillation.py). `LpipsVgg` is the original, for its training and
 for who has the weights. `Textured` adds to the student's distance how much rougher or smoother textures are: where a
 network cannot tell what a texture is, the distance alone makes it smooth.
