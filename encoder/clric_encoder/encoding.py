@@ -24,7 +24,7 @@ from .training.distortion import ImageDecoder, ImageDistortion
 from .training.features import LpipsVgg, PerceptualDistance, Textured, load_features
 from .training.loop import Function, Report, overfit
 from .training.presets import Preset, find_preset
-from .training.rate_control import MIN_FILL
+from .training.rate_control import MIN_FILL, can_move
 
 # The image decoder that functions are trained through where nothing is said, by latent space. Decoders of the others
 # cost 15 times as much, or are not there without a network.
@@ -243,7 +243,8 @@ def encode_latents(
         if limit is not None and len(data) > limit:
             note = f"target of {limit} bytes not reached: the minimum size is {len(data)} bytes"
         elif limit is not None and len(data) < MIN_FILL * limit:
-            note = f"target of {limit} bytes not reached: quality saturates at {len(data)} bytes"
+            why = "the nearest size is" if can_move(function.lmbda) else "quality saturates at"
+            note = f"target of {limit} bytes not reached: {why} {len(data)} bytes"
         result.append(Encoded(data, function.lmbda, error, note))
     return result
 

@@ -127,8 +127,9 @@ def test_smaller_lambda_gives_larger_tuned_files(face: np.ndarray) -> None:
     assert sizes[0] < sizes[-1]
 
 
-@pytest.mark.parametrize("bpp", [0.1, 0.25])
+@pytest.mark.parametrize("bpp", [0.04, 0.1, 0.25])
 def test_sizes_that_are_asked_for(face: np.ndarray, bpp: float) -> None:
+    """At 0.04 corrections of the size overshoot; at 0.25 training on the image adds to it."""
     limit = bpp * face.shape[0] * face.shape[1] / 8
     assert 0.97 * limit <= len(encode(face, vae="lite", preset="fast", bpp=bpp)) <= limit
 

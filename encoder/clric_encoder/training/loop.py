@@ -27,7 +27,7 @@ from .cuda_graph import CudaGraph
 from .distortion import Distortion, ImageDistortion, LatentError
 from .optimizers import Adam, Soap
 from .presets import Preset, Stage
-from .rate_control import GOAL, HIGHEST, IMAGE, LATENT, LOWEST, MIN_FILL, RateControl, principal_step
+from .rate_control import GOAL, IMAGE, LATENT, MIN_FILL, RateControl, can_move, principal_step
 from .rounding import add_uniform_noise, round_straight_through
 
 REPORT_EVERY = 10  # iterations between two reports: each waits for the device
@@ -38,6 +38,7 @@ NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is look
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
 FINISHING = Stage(20, "soft", (0.0, 0.0), (0.004, 0.0008), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
+BISECTIONS = 10  # between grids that are too small and those that are too large
 # On images, whose targets move, sizes that miss by more are trained at so many times these rates
 FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0
 FINISHING_LOOKS = 10  # iterations between two looks at the image, where that is what is trained on
@@ -181,11 +182,11 @@ def overfit(
 
         own_pixels = [pixels[i] for i in missed]
         with backend_for(torch.device(device)).threads(torch.get_num_threads()):
-            tuned = _train_on_images(
+            tuned, left = _train_on_images(
                 trained, image.pick(missed), own_pixels, preset, control, limits, own_measure, seed, device, tell
             )
         lmbda_can_move = []
-        for i, before, after, limit in zip(missed, trained, tuned, limits, strict=True):
+        for i, before, after, share, limit in zip(missed, trained, tuned, left, limits, strict=True):
             size, best = measure(after, i), results[i]
             if sizes is None:
                 # What was asked for is met by the function that was there before
@@ -193,8 +194,8 @@ def overfit(
                 continue
             if best is None or _is_nearer(size, measure(best, i), limit):
                 results[i] = after
-            gains[i] *= size / (GOAL * limit)
-            if not MIN_FILL * limit <= size <= limit and LOWEST < before.function.lmbda < HIGHEST:
+            gains[i] = share
+            if not MIN_FILL * limit <= size <= limit and can_move(before.function.lmbda):
                 lmbda_can_move.append(i)
         missed = lmbda_can_move
         if not missed:
@@ -297,8 +298,8 @@ def _train_on_images(
     seed: int,
     device: str,
     report: Report,
-) -> list[Function]:
-    """Goes on with functions on the loss of their images."""
+) -> tuple[list[Function], list[float]]:
+    """Goes on with functions on the loss of their images: new ones, and what share of their bytes training left."""
     lmbdas = [own.function.lmbda for own in trained]
     trainer = _Trainer(image, [TUNING_LAMBDA * lmbda for lmbda in lmbdas], pixels, preset, control, device, report)
     control.know_networks([own.function.networks for own in trained])
@@ -314,9 +315,13 @@ def _train_on_images(
     image.targets = trainer.latents(state)
     networks = trainer.quantize(state)
     state.vectors = trainer.packing.join(as_networks(networks, trainer.device))
+    left = [
+        measure(after, i) / measure(before.function, i)
+        for i, (before, after) in enumerate(zip(trained, trainer.functions(state, networks), strict=True))
+    ]
     trainer.finish(state, networks, sizes, measure)
     functions = trainer.functions(state, networks)
-    return [replace(function, lmbda=lmbda) for function, lmbda in zip(functions, lmbdas, strict=True)]
+    return [replace(function, lmbda=lmbda) for function, lmbda in zip(functions, lmbdas, strict=True)], left
 
 
 def _is_nearer(size: int, other: int, limit: int) -> bool:
@@ -566,6 +571,7 @@ class _Trainer:
         assert control is not None
         self.trained_lmbdas = self.lmbdas.clone()
         kept, best = state.packed.clone(), [0] * len(state.packed)
+        sides: list[dict[bool, torch.Tensor]] = [{} for _ in best]  # the last grids that were too large, and too small
         stage = replace(FINISHING, look_every=FINISHING_LOOKS if self.distortion.moves else 0)
         for number in range(FINISHING_ROUNDS + 1):
             current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
@@ -573,6 +579,15 @@ class _Trainer:
                 if not number or _is_nearer(size, best[i], sizes[i]):
                     best[i], kept[i] = size, state.packed[i]
             missed = control.missed(current, self.lmbdas)
+            for i in list(missed):
+                sides[i][current[i] > sizes[i]] = state.packed[i].clone()
+                if len(sides[i]) == 2:
+                    packed, size = self.between(state.pick([i]), sides[i], networks, sizes[i], measure)
+                    if _is_nearer(size, best[i], sizes[i]):
+                        best[i], kept[i] = size, packed
+                    if MIN_FILL * sizes[i] <= size <= sizes[i]:
+                        state.packed[i] = packed
+                        missed.remove(i)
             if not missed or number == FINISHING_ROUNDS:
                 break
             self.lmbdas[missed] = control.last_lambdas(self.lmbdas, current)[missed]
@@ -584,6 +599,29 @@ class _Trainer:
             self.train(picked, replace(stage, grid_rate=rates), "rate control", stage.iterations)
             state.packed[missed] = picked.packed
         state.packed = kept
+
+    def between(
+        self,
+        state: _State,
+        sides: dict[bool, torch.Tensor],
+        networks: list[list[Parameters]],
+        limit: int,
+        measure: Measure,
+    ) -> tuple[torch.Tensor, int]:
+        """Grids on the line from those that are too small to those that are too large, and the size of their file.
+
+        Values round to other integers one by one along it, so that a size near to the limit is on it.
+        """
+        share, found, best = 0.0, sides[False], 0
+        for number in range(BISECTIONS):
+            state.packed = torch.lerp(sides[False], sides[True], share)[None]
+            size = measure(self.functions(state, networks)[0], state.owners[0])
+            if best < size <= limit:
+                found, best = state.packed[0], size
+            if GOAL * limit <= size <= limit:
+                break
+            share += 0.5 ** (number + 1) if size <= limit else -(0.5 ** (number + 1))
+        return found, best
 
 
 class _Noise:

@@ -178,6 +178,11 @@ class RateControl:
         return torch.maximum(goals - self._others, 0.1 * goals)
 
 
+def can_move(lmbda: float) -> bool:
+    """Whether a lambda, which training keeps as float32, is within its limits and not at one of them."""
+    return bool(np.float32(LOWEST) < np.float32(lmbda) < np.float32(HIGHEST))
+
+
 def principal_step(lmbda: float, values: int, pixels: int) -> float:
     """The step between integers that uniform quantisation at high rate would choose.
 
