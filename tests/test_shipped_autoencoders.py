@@ -122,7 +122,7 @@ def figures(shared: Path) -> dict[tuple[str, str], np.ndarray]:
             latent = load_encoder(encoder, shared / "models").encode(photo)
             with torch.inference_mode():
                 images = {"taesd": taesd(torch.from_numpy(latent)[None])}
-                images["lite"] = torch.from_numpy(decode_tiled(lite, latent)).permute(2, 0, 1)[None]
+                images["lite"] = torch.from_numpy(decode_tiled(lite, latent))[None]
                 for decoder, image in images.items():
                     psnr = -10 * (image - pixels).square().mean().log10()
                     row = [float(psnr), float(ms_ssim(image, structure(pixels))), float(lpips(image, pixels))]
@@ -150,7 +150,7 @@ def test_the_picture_of_small_before_coding(shared: Path) -> None:
     for name, box in CROPS.items():
         photo = np.asarray(Image.open(shared / f"data/kodak/{name}.png").convert("RGB").crop(box))
         image = decode_tiled(open_decoder("small", "clric"), load_encoder("small").encode(photo))
-        pixels, decoded = to_tensor(photo), torch.from_numpy(image).permute(2, 0, 1)[None]
+        pixels, decoded = to_tensor(photo), torch.from_numpy(image)[None]
         psnr = -10 * (decoded - pixels).square().mean().log10()
         rows.append((float(psnr), float(ms_ssim(decoded, structure(pixels)))))
     psnr, structural = np.mean(rows, 0)

@@ -49,6 +49,9 @@ FACTOR = 8
 # the most.
 TILE_POSITIONS = 12_288
 
+# The same for a small file, whose network is narrow: `small` takes 4 kB for each. Fewer tiles have less of halos.
+SMALL_FILE, SMALL_TILE_POSITIONS = 1_000_000, 49_152
+
 # The same for a decoder whose attention sees the whole latent. A tile of it is another image than the whole,
 # so it is cut only above 1024 x 1024 pixels, the size at which such models are made to work ...
 GLOBAL_TILE_POSITIONS = 16_384
@@ -62,11 +65,13 @@ class OnnxDecoder:
     """An opened image decoder.
 
     ``halo`` is how many latent positions away a value can reach a pixel; None for global attention.
+    ``tile_positions`` is how many positions it decodes in one run at most.
     """
 
     session: "onnxruntime.InferenceSession"
     manifest: dict[str, Any]
     halo: int | None
+    tile_positions: int
 
 
 def decode(
@@ -112,38 +117,50 @@ def open_decoder(
     """Opens the image decoder ``vae`` for latents of ``space``. Arguments and errors: see `decode`."""
     path, manifest = find_decoder(vae, models)
     check_space(manifest, space, models)
-    return OnnxDecoder(_session(path, provider), manifest, manifest["halo"])
+    halo, positions = manifest["halo"], TILE_POSITIONS
+    if halo is None:
+        positions = GLOBAL_TILE_POSITIONS
+    elif path.stat().st_size <= SMALL_FILE:
+        positions = SMALL_TILE_POSITIONS
+    return OnnxDecoder(_session(path, provider), manifest, halo, positions)
 
 
 def decode_image(decoder: OnnxDecoder, latent: np.ndarray, width: int, height: int) -> np.ndarray:
     """Latent (C, h, w) float32 -> image (height, width, 3) uint8, cut from the 8h x 8w that is decoded."""
-    pixels = decode_tiled(decoder, latent)[:height, :width]
-    pixels *= 255  # in place, for a large image's sake
-    pixels += 0.5
-    return pixels.astype(np.uint8)
+    planes = decode_tiled(decoder, latent)[:, :height, :width]
+    planes *= 255  # in place, for a large image's sake
+    planes += 0.5
+    pixels = np.empty((height, width, 3), np.uint8)
+    for channel, plane in enumerate(planes):
+        pixels[..., channel] = plane  # what Pillow and numpy people expect; the network's order is faster until here
+    return pixels
 
 
 def decode_tiled(decoder: OnnxDecoder, latent: np.ndarray, tile_positions: int | None = None) -> np.ndarray:
-    """Latent (C, h, w) float32 -> RGB (8h, 8w, 3) float32 in [0, 1], in tiles of at most ``tile_positions``.
+    """Latent (C, h, w) float32 -> RGB (3, 8h, 8w) float32 in [0, 1], in tiles of at most ``tile_positions``, the
+    decoder's where that is not given.
 
     All tiles have one size, for onnxruntime keeps memory for each shape that it meets.
     """
     halo = GLOBAL_HALO if decoder.halo is None else decoder.halo
-    if tile_positions is None:
-        tile_positions = GLOBAL_TILE_POSITIONS if decoder.halo is None else TILE_POSITIONS
     _, height, width = latent.shape
-    rows, columns = _tiling(height, width, halo, tile_positions)
-    image = np.zeros((FACTOR * height, FACTOR * width, 3), np.float32)
+    rows, columns = _tiling(height, width, halo, tile_positions or decoder.tile_positions)
+    if rows == columns == 1:
+        return _run(decoder.session, latent)
+    image = np.zeros((3, FACTOR * height, FACTOR * width), np.float32)
     for top, bottom, row_weight in _strips(height, rows, halo, blend=decoder.halo is None):
         for left, right, column_weight in _strips(width, columns, halo, blend=decoder.halo is None):
             tile = _run(decoder.session, latent[:, top:bottom, left:right])
-            tile *= row_weight[:, None, None] * column_weight[:, None]
-            image[FACTOR * top : FACTOR * bottom, FACTOR * left : FACTOR * right] += tile
+            own_rows, own_columns = _support(row_weight), _support(column_weight)
+            tile = tile[:, own_rows, own_columns]
+            if decoder.halo is None:
+                tile *= row_weight[own_rows, None] * column_weight[own_columns]
+            image[:, FACTOR * top : FACTOR * bottom, FACTOR * left : FACTOR * right][:, own_rows, own_columns] += tile
     return image
 
 
 def _run(session: "onnxruntime.InferenceSession", latent: np.ndarray) -> np.ndarray:
-    """One tile: (C, h, w) float32 -> (8h, 8w, 3) float32 in [0, 1]. Raises ModelError."""
+    """One tile: (C, h, w) float32 -> (3, 8h, 8w) float32 in [0, 1]. Raises ModelError."""
     _, height, width = latent.shape
     try:
         (image,) = session.run(["image"], {"latent": np.ascontiguousarray(latent[None], np.float32)})
@@ -156,7 +173,8 @@ def _run(session: "onnxruntime.InferenceSession", latent: np.ndarray) -> np.ndar
         )
     if not np.isfinite(image).all():
         raise ModelError("the image decoder returned NaN or infinite values; try another --vae or --provider")
-    return np.clip(image[0], np.float32(0), np.float32(1)).transpose(1, 2, 0)
+    (planes,) = image
+    return np.clip(planes, np.float32(0), np.float32(1), out=planes)
 
 
 def _tiling(height: int, width: int, halo: int, tile_positions: int) -> tuple[int, int]:
@@ -206,6 +224,12 @@ def _strips(length: int, count: int, halo: int, blend: bool) -> list[tuple[int, 
             weight *= 1 - _rise(position, starts[i + 1], start + size, blend)
         strips.append((start, start + size, weight))
     return strips
+
+
+def _support(weight: np.ndarray) -> slice:
+    """Where weights are not zero."""
+    (places,) = np.nonzero(weight)
+    return slice(places[0], places[-1] + 1)
 
 
 def _rise(position: np.ndarray, start: int, stop: int, blend: bool) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import numpy_start  # noqa: F401, before all that imports numpy
 from .bitstream import MAX_PIXELS, MAX_SIDE
 from .files import STANDARD, check_output, read_input, stream_limit, write_output
 from .models import IMAGE_DECODERS, image_decoder_number

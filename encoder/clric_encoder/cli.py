@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from clric_decoder import numpy_start  # noqa: F401, before all that imports numpy
 from clric_decoder.bitstream import read_header
 from clric_decoder.errors import ClricError
 from clric_decoder.files import STANDARD, check_output, read_input, write_output

@@ -35,7 +35,7 @@ def test_tiles_are_invisible(toy_models: Path, shape: tuple[int, int]) -> None:
     decoder = open_decoder("toy", "sd1", models=toy_models)
     latent = noise(*shape)
     whole = decode_tiled(decoder, latent, UNTILED)
-    assert whole.shape == (8 * shape[0], 8 * shape[1], 3)
+    assert whole.shape == (3, 8 * shape[0], 8 * shape[1])
     for positions in (1, 300, 1000):
         np.testing.assert_allclose(decode_tiled(decoder, latent, positions), whole, atol=1e-5)
 
@@ -80,7 +80,7 @@ def test_image_is_cut_to_its_size_and_rounded(toy_models: Path, make_stream: Cal
     assert image.dtype == np.uint8
     decoder = open_decoder("toy", "sd1", models=toy_models)
     whole = decode_tiled(decoder, decode_latent(data))
-    np.testing.assert_array_equal(image, np.rint(whole * 255)[:33, :45])
+    np.testing.assert_array_equal(image, np.rint(whole * 255)[:, :33, :45].transpose(1, 2, 0))
     np.testing.assert_array_equal(image, decode_image(decoder, decode_latent(data), 45, 33))
 
 
