@@ -179,34 +179,38 @@ class RangeEncoder:
         self._range = (1 << 64) - 1
         self._words: list[int] = []
 
-    def _advance(self, start: int, size: int) -> None:
-        """Code the interval [start, start + size) out of 65,536."""
-        unit = self._range >> 24 << 8
-        self._low += unit * start
-        self._range = unit * size
-        if self._low >> 64:
-            self._carry()
-        if self._range < 1 << 32:
-            self._words.append(self._low >> 32)
-            self._low = (self._low & 0xFFFFFFFF) << 32
-            self._range <<= 32
-
-    def _carry(self) -> None:
-        self._low &= (1 << 64) - 1
-        position = len(self._words) - 1
-        while self._words[position] == 0xFFFFFFFF:
-            self._words[position] = 0
-            position -= 1
-        self._words[position] += 1
-
-    def symbol(self, table: int, symbol: int) -> None:
-        cumulative = _cumulative_list(table)
-        self._advance(cumulative[symbol], cumulative[symbol + 1] - cumulative[symbol])
+    def symbols(self, tables: Iterable[int], symbols: Iterable[int]) -> None:
+        """Code symbols, each with the table of this index."""
+        self._encode((_cumulative_list(table), symbol) for table, symbol in zip(tables, symbols, strict=True))
 
     def bits(self, value: int, count: int) -> None:
         """The lowest `count` bits of `value`, each of equal probability, the most significant first."""
-        for shift in range(count - 1, -1, -1):
-            self._advance((value >> shift & 1) << 15, 1 << 15)
+        self._encode((_BIT, value >> shift & 1) for shift in range(count - 1, -1, -1))
+
+    def _encode(self, symbols: Iterable[tuple[Sequence[int], int]]) -> None:
+        """Symbols, each after its cumulative table. The state is kept in local names: this loop is all of the time."""
+        low, width, words = self._low, self._range, self._words
+        for cumulative, symbol in symbols:
+            start = cumulative[symbol]
+            unit = width >> 24 << 8
+            low += unit * start
+            width = unit * (cumulative[symbol + 1] - start)
+            if width < 1 << 32:
+                low = self._carry(low)
+                words.append(low >> 32)
+                low = (low & 0xFFFFFFFF) << 32
+                width <<= 32
+        self._low, self._range = low, width
+
+    def _carry(self, low: int) -> int:
+        """The lower 64 bits, after the bit above them is added to the words."""
+        if low >> 64:
+            position = len(self._words) - 1
+            while self._words[position] == 0xFFFFFFFF:
+                self._words[position] = 0
+                position -= 1
+            self._words[position] += 1
+        return low & (1 << 64) - 1
 
     def finish(self) -> bytes:
         """The shortest bytes that decode, when followed by zeros, to what was coded."""
@@ -215,11 +219,9 @@ class RangeEncoder:
             last = -(-self._low >> zeros) << zeros
             if last < self._low + self._range:
                 break
-        self._low = last
-        if self._low >> 64:
-            self._carry()
+        last = self._carry(last)
         head = b"".join(word.to_bytes(4, "big") for word in self._words)
-        return (head + self._low.to_bytes(8, "big")).rstrip(b"\0")
+        return (head + last.to_bytes(8, "big")).rstrip(b"\0")
 
 
 def encode_integers(coder: RangeEncoder, values: np.ndarray, means: np.ndarray, tables: np.ndarray) -> None:
@@ -227,15 +229,13 @@ def encode_integers(coder: RangeEncoder, values: np.ndarray, means: np.ndarray, 
 
     All symbols come first, then the excess of each escape (specification, "Integers").
     """
-    symbols = (values.astype(np.int64) - means + SYMBOL_ZERO).tolist()
-    for table, symbol in zip(tables.tolist(), symbols, strict=True):
-        coder.symbol(table, min(max(symbol, ESCAPE_LOW), ESCAPE_HIGH))
-    for symbol in symbols:
-        if not ESCAPE_LOW < symbol < ESCAPE_HIGH:
-            excess = max(ESCAPE_LOW - symbol, symbol - ESCAPE_HIGH)
-            length = (excess + 1).bit_length() - 1
-            coder.bits(1, length + 1)  # `length` zeros, then a one
-            coder.bits(excess + 1, length)
+    wanted = values.astype(np.int64) - means + SYMBOL_ZERO
+    symbols = wanted.clip(ESCAPE_LOW, ESCAPE_HIGH)
+    coder.symbols(tables.tolist(), symbols.tolist())
+    for excess in np.abs(wanted - symbols)[(symbols == ESCAPE_LOW) | (symbols == ESCAPE_HIGH)].tolist():
+        length = (excess + 1).bit_length() - 1
+        coder.bits(1, length + 1)  # `length` zeros, then a one
+        coder.bits(excess + 1, length)
 
 
 def decode_integers(decoder: RangeDecoder, means: np.ndarray, tables: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 from clric_decoder.bitstream import WITH_NETWORKS, Architecture, Metadata, registered_architecture
@@ -186,7 +186,7 @@ def _attempt(
     """With a set of networks, or the better of the two whose lambdas are next to this one."""
     architecture = _architecture()
     distances = [abs(math.log(lmbda / own)) for own in LAMBDAS]
-    nearest = [_sets()[index] for index in sorted(np.argsort(distances)[:2].tolist())]
+    nearest = [_set(FUNCTIONS[index]) for index in sorted(np.argsort(distances)[:2].tolist())]
     best: tuple[float, _Set, np.ndarray, float] | None = None
     for candidate in nearest if chosen is None else [chosen]:
         price = lmbda / (width * height) * latent.size
@@ -247,11 +247,10 @@ def _architecture() -> Architecture:
     return registered_architecture(FUNCTIONS[0])
 
 
-@lru_cache(maxsize=1)
-def _sets() -> list[_Set]:
+@cache
+def _set(function: int) -> _Set:
     architecture = _architecture()
-    segments = registered_networks()
-    return [make_set(number, decode_networks(segments[number], architecture), architecture) for number in FUNCTIONS]
+    return make_set(function, decode_networks(registered_networks()[function], architecture), architecture)
 
 
 @lru_cache(maxsize=1)

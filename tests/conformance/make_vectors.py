@@ -463,8 +463,8 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         coder = RangeEncoder()
         coder.bits(0, 4)
         coder.bits(1, 4)
-        for number in range(groups[0].size):
-            coder.symbol(8 * 16, ESCAPE_HIGH if number < escapes else 31)
+        symbols = [ESCAPE_HIGH if number < escapes else 31 for number in range(groups[0].size)]
+        coder.symbols([8 * 16] * len(symbols), symbols)
         coder.bits(last_bits, 17)
         return coder.finish()
 

@@ -84,8 +84,8 @@ def test_words_are_those_of_constrictions_own_encoder() -> None:
     symbols = rng.integers(1, 63, 3000)
     ours, theirs = entropy.RangeEncoder(), entropy.constriction.stream.queue.RangeEncoder()
     models, _ = entropy._constriction_models()
+    ours.symbols(tables.tolist(), symbols.tolist())
     for table, symbol in zip(tables.tolist(), symbols.tolist(), strict=True):
-        ours.symbol(table, symbol)
         theirs.encode(symbol, models[table])
     words = np.frombuffer(ours.finish().ljust(80000, b"\0"), ">u4")
     # The last two words differ: theirs ends on words, ours on the shortest bytes

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,7 @@ print((peak() - before) / 1000)
 def zeros() -> bytes:
     """A segment of so many zeros, and of any number below, with the table of the smallest scale."""
     coder = RangeEncoder()
-    for _ in range(MAX_LEVEL_VALUES):
-        coder.symbol(0, SYMBOL_ZERO)
+    coder.symbols(repeat(0, MAX_LEVEL_VALUES), repeat(SYMBOL_ZERO, MAX_LEVEL_VALUES))
     return coder.finish()
 
 

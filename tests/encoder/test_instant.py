@@ -57,7 +57,7 @@ def test_rounding_by_the_rate_costs_less_than_rounding(picture: np.ndarray) -> N
     architecture = registered_architecture(instant.FUNCTIONS[0])
     latent = load_encoder("small").encode(picture)
     for number, lmbda in ((2, 1.0), (5, 0.1)):
-        networks = instant._sets()[number]
+        networks = instant._set(instant.FUNCTIONS[number])
         price = lmbda / picture[..., 0].size * latent.size
 
         def loss(grid: np.ndarray, networks=networks, price=price) -> float:
