@@ -60,7 +60,7 @@ def test_the_target_moves_against_the_gradient_of_the_loss(face: np.ndarray, lit
     image = ImageDistortion([face], latent, lite, load_features())
     direction = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     image.look(latent, [0])
-    gradient = (latent - image.targets) * (2 * distortion.CURVATURE / latent.numel())
+    gradient = (latent - image.targets) * (2 * lite.curvature / latent.numel())
     losses = []
     for step in (-1e-4, 1e-4):
         image._looks = 0  # each look reads features from another corner

@@ -2,13 +2,15 @@
 
 Both are squared errors to a target latent, so that one training loop and one quantiser of networks serve both. For
 `LatentError` the target is the VAE's latent. For `ImageDistortion` it moves: from time to time the image is decoded,
-and the gradient G of the image's loss D by the n values of the latent f gives the target t = f - n G / (2 CURVATURE):
+and the gradient G of the image's loss D by the n values of the latent f gives the target t = f - n G / (2 c):
 
-    D(f + d) = D(f) + G d + CURVATURE mean(d^2) = CURVATURE mean((f + d - t)^2) + constant
+    D(f + d) = D(f) + G d + c mean(d^2) = c mean((f + d - t)^2) + constant
 
-to second order. A step on the function costs a hundredth of a look at the image, and several follow on each.
+to second order, c being the curvature. A step on the function costs a hundredth of a look at the image, and some twenty
+follow on each.
 
-The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + 0.5 perceptual distance + 2 flatness (docs/tuning.md has the reasons).
+The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + 0.5 (perceptual distance + 0.06 textures) + 2 flatness (docs/tuning.md
+has the reasons).
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ FLAT, FLAT_WINDOW = 0.02, 9
 # The same, below which features do not count.
 FEATURELESS = 0.008
 
-# D's curvature in units of the latent's mean squared error. Of random changes of the latent of deviation 0.3 it is 0.8
-# to 1.3 with lite and 0.2 to 0.6 with small; along G it is larger. Measured for each image, the smaller ones let
-# functions overshoot: files grew, and were brought down at the picture's cost.
-CURVATURE = 1.2
+# D's curvature in units of the latent's mean squared error, by image decoder. Of random changes of the latent of
+# deviation 0.3 it is 0.8 to 1.3 with lite and 0.2 to 0.6 with small; along G it is larger. Measured for each image, the
+# smaller ones let functions overshoot: files grew, and were brought down at the picture's cost.
+CURVATURE, CURVATURES = 1.2, {"lite": 2.0}
 
 # Pixels that are decoded at once, at most: 512 x 512 and what is around them, for some 0.4 GB.
 TILE_PIXELS = 640 * 640
@@ -95,6 +97,11 @@ class ImageDecoder:
     run: Callable[[Tensor], Tensor]
     halo: int | None
     number: int = 0
+
+    @property
+    def curvature(self) -> float:
+        """How fast the loss rises along its gradient: what a look's step is divided by."""
+        return CURVATURES.get(self.name, CURVATURE)
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,9 @@ class ImageDistortion:
                     gradients[seen] += torch.autograd.grad(values.sum(), part)[0]
                     losses += values.detach()
                 self.losses[own_owners] = losses
-                self.targets[own_owners] = own_latents - gradients * (latents[0].numel() / (2 * CURVATURE))
+                self.targets[own_owners] = own_latents - gradients * (
+                    latents[0].numel() / (2 * self._decoder.curvature)
+                )
         self._looks += 1
 
     def seconds(self) -> float:

@@ -112,12 +112,13 @@ def default_architecture(channels: int) -> Architecture:
     )
 
 
-def _tuning(looks: int) -> Stage:
-    iterations = 4 * looks
-    return Stage(iterations, "soft", (2e-3, 1e-4), (0.05, 0.0005), (0.25, 0.04), (0.22, 0.15), look_every=4)
+def _tuning(looks: int, steps: int) -> Stage:
+    """steps: iterations that follow each look."""
+    rates = (2e-3, 1e-4), (0.02, 0.0005)
+    return Stage(looks * steps, "soft", *rates, (0.25, 0.04), (0.22, 0.15), look_every=steps)
 
 
-def _default(iterations: int, looks: int) -> Preset:
+def _default(iterations: int, looks: int, steps: int) -> Preset:
     return Preset(
         architecture=default_architecture,
         start="principal",
@@ -125,14 +126,14 @@ def _default(iterations: int, looks: int) -> Preset:
         network_optimizer="soap",
         warm_up=(),
         stages=(Stage(iterations, "soft", (1.5e-2, 2.5e-4), (0.05, 0.001), (0.25, 0.04), (0.22, 0.15)),),
-        tuning=_tuning(looks),
+        tuning=_tuning(looks, steps),
     )
 
 
 PRESETS = {
-    "fast": _default(300, 5),
-    "default": _default(1500, 40),
-    "slow": _default(4000, 175),
+    "fast": _default(300, 5, 24),
+    "default": _default(1500, 32, 25),
+    "slow": _default(4000, 130, 20),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
@@ -143,7 +144,7 @@ PRESETS = {
             Stage(10600, "uniform", (1e-2, 1e-4), (0.16, 0.0016)),
             Stage(2500, "hard", (1e-4, 1e-5), (0.0016, 0.00016), fixed=True),
         ),
-        tuning=_tuning(40),
+        tuning=_tuning(32, 25),
     ),
 }
 
