@@ -49,7 +49,7 @@ FACTOR = 8
 # the most.
 TILE_POSITIONS = 12_288
 
-# The same for a small file, whose network is narrow: `small` takes 4 kB for each. Fewer tiles have less of halos.
+# The same for a small file, whose network is narrow: `small` takes 4 kB for each. Fewer tiles have fewer halos.
 SMALL_FILE, SMALL_TILE_POSITIONS = 1_000_000, 49_152
 
 # The same for a decoder whose attention sees the whole latent. A tile of it is another image than the whole,
@@ -151,11 +151,8 @@ def decode_tiled(decoder: OnnxDecoder, latent: np.ndarray, tile_positions: int |
     for top, bottom, row_weight in _strips(height, rows, halo, blend=decoder.halo is None):
         for left, right, column_weight in _strips(width, columns, halo, blend=decoder.halo is None):
             tile = _run(decoder.session, latent[:, top:bottom, left:right])
-            own_rows, own_columns = _support(row_weight), _support(column_weight)
-            tile = tile[:, own_rows, own_columns]
-            if decoder.halo is None:
-                tile *= row_weight[own_rows, None] * column_weight[own_columns]
-            image[:, FACTOR * top : FACTOR * bottom, FACTOR * left : FACTOR * right][:, own_rows, own_columns] += tile
+            tile *= row_weight[:, None] * column_weight
+            image[:, FACTOR * top : FACTOR * bottom, FACTOR * left : FACTOR * right] += tile
     return image
 
 
@@ -224,12 +221,6 @@ def _strips(length: int, count: int, halo: int, blend: bool) -> list[tuple[int, 
             weight *= 1 - _rise(position, starts[i + 1], start + size, blend)
         strips.append((start, start + size, weight))
     return strips
-
-
-def _support(weight: np.ndarray) -> slice:
-    """Where weights are not zero."""
-    (places,) = np.nonzero(weight)
-    return slice(places[0], places[-1] + 1)
 
 
 def _rise(position: np.ndarray, start: int, stop: int, blend: bool) -> np.ndarray:

@@ -186,7 +186,7 @@ def overfit(
                 trained, image.pick(missed), own_pixels, preset, control, limits, own_measure, seed, device, tell
             )
         lmbda_can_move = []
-        for i, before, after, share, limit in zip(missed, trained, tuned, left, limits, strict=True):
+        for i, before, after, own_left, limit in zip(missed, trained, tuned, left, limits, strict=True):
             size, best = measure(after, i), results[i]
             if sizes is None:
                 # What was asked for is met by the function that was there before
@@ -194,7 +194,7 @@ def overfit(
                 continue
             if best is None or _is_nearer(size, measure(best, i), limit):
                 results[i] = after
-            gains[i] = share
+            gains[i] = own_left / measure(before.function, i)
             if not MIN_FILL * limit <= size <= limit and can_move(before.function.lmbda):
                 lmbda_can_move.append(i)
         missed = lmbda_can_move
@@ -298,8 +298,8 @@ def _train_on_images(
     seed: int,
     device: str,
     report: Report,
-) -> tuple[list[Function], list[float]]:
-    """Goes on with functions on the loss of their images: new ones, and what share of their bytes training left."""
+) -> tuple[list[Function], list[int]]:
+    """Goes on with functions on the loss of their images: new ones, and their bytes before these were corrected."""
     lmbdas = [own.function.lmbda for own in trained]
     trainer = _Trainer(image, [TUNING_LAMBDA * lmbda for lmbda in lmbdas], pixels, preset, control, device, report)
     control.know_networks([own.function.networks for own in trained])
@@ -315,11 +315,7 @@ def _train_on_images(
     image.targets = trainer.latents(state)
     networks = trainer.quantize(state)
     state.vectors = trainer.packing.join(as_networks(networks, trainer.device))
-    left = [
-        measure(after, i) / measure(before.function, i)
-        for i, (before, after) in enumerate(zip(trained, trainer.functions(state, networks), strict=True))
-    ]
-    trainer.finish(state, networks, sizes, measure)
+    left = trainer.finish(state, networks, sizes, measure)
     functions = trainer.functions(state, networks)
     return [replace(function, lmbda=lmbda) for function, lmbda in zip(functions, lmbdas, strict=True)], left
 
@@ -565,18 +561,25 @@ class _Trainer:
         packed, vectors = state.packed.cpu().numpy(), state.vectors.cpu().numpy()
         return [_Trained(*own) for own in zip(self.functions(state, networks), packed, vectors, strict=True)]
 
-    def finish(self, state: _State, networks: list[list[Parameters]], sizes: Sequence[int], measure: Measure) -> None:
-        """Train the grids of files that miss their targets a little further, until they meet them."""
+    def finish(
+        self, state: _State, networks: list[list[Parameters]], sizes: Sequence[int], measure: Measure
+    ) -> list[int]:
+        """Train the grids of files that miss their targets a little further, until they meet them.
+
+        Gives the files' bytes before that.
+        """
         control, self.control = self.control, None
         assert control is not None
         self.trained_lmbdas = self.lmbdas.clone()
-        kept, best = state.packed.clone(), [0] * len(state.packed)
+        current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
+        first, best, kept = current, list(current), state.packed.clone()
         sides: list[dict[bool, torch.Tensor]] = [{} for _ in best]  # the last grids that were too large, and too small
         stage = replace(FINISHING, look_every=FINISHING_LOOKS if self.distortion.moves else 0)
         for number in range(FINISHING_ROUNDS + 1):
-            current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
+            if number:
+                current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
             for i, size in enumerate(current):
-                if not number or _is_nearer(size, best[i], sizes[i]):
+                if _is_nearer(size, best[i], sizes[i]):
                     best[i], kept[i] = size, state.packed[i]
             missed = control.missed(current, self.lmbdas)
             for i in list(missed):
@@ -599,6 +602,7 @@ class _Trainer:
             self.train(picked, replace(stage, grid_rate=rates), "rate control", stage.iterations)
             state.packed[missed] = picked.packed
         state.packed = kept
+        return first
 
     def between(
         self,
