@@ -9,8 +9,8 @@ and the gradient G of the image's loss D by the n values of the latent f gives t
 to second order, c being the curvature. A step on the function costs a hundredth of a look at the image, and some twenty
 follow on each.
 
-The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + 0.5 (perceptual distance + 0.06 textures) + 2 flatness (docs/tuning.md
-has the reasons).
+The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + p (perceptual distance + 0.06 textures) + 2 flatness, p being 0.5, and 1.5
+through `lite` (docs/tuning.md has the reasons).
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from ..torch_threads import torch_threads
 from .features import PerceptualDistance, Reference
 
 # Weights of the parts of the image's loss, for RGB in [0, 1].
-PIXELS_WEIGHT, STRUCTURE_WEIGHT, PERCEPTUAL_WEIGHT, FLATNESS_WEIGHT = 6.0, 0.25, 0.5, 2.0
+PIXELS_WEIGHT, STRUCTURE_WEIGHT, FLATNESS_WEIGHT = 6.0, 0.25, 2.0
+
+# That of the perceptual distance, by image decoder. Beside what untuned streams of lite lack by pixels there is much to
+# win, so that more of it can go to features.
+PERCEPTUAL_WEIGHT, PERCEPTUAL_WEIGHTS = 0.5, {"lite": 1.5}
 
 # Differences of neighbouring pixels, on average over 9 x 9 pixels, below which an area is flat.
 FLAT, FLAT_WINDOW = 0.02, 9
@@ -102,6 +106,11 @@ class ImageDecoder:
     def curvature(self) -> float:
         """How fast the loss rises along its gradient: what a look's step is divided by."""
         return CURVATURES.get(self.name, CURVATURE)
+
+    @property
+    def perceptual_weight(self) -> float:
+        """Of the perceptual distance in the loss."""
+        return PERCEPTUAL_WEIGHTS.get(self.name, PERCEPTUAL_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,8 @@ class ImageDistortion:
             top, left = CORNERS[number]
             shown = torch.lerp(image, pixels, featureless)
             reference = [_cat(own) for own in zip(*(tile.references[number] for tile in tiles), strict=True)]
-            loss = loss + PERCEPTUAL_WEIGHT * self._perceptual.distance(shown[..., top:, left:], reference)
+            distance = self._perceptual.distance(shown[..., top:, left:], reference)
+            loss = loss + self._decoder.perceptual_weight * distance
         return loss
 
     def _tiles_of(self, image: np.ndarray, latent: Tensor) -> list[_Tile]:
