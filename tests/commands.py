@@ -1,7 +1,10 @@
 """What the tests of the commands share."""
 
+import os
 import subprocess
 from pathlib import Path
+
+from conftest import Run
 
 
 def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
@@ -11,3 +14,11 @@ def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *pa
     assert message.startswith(f"{Path(result.args[0]).name}: "), message
     assert message.count("\n") == 1, message
     assert all(part in message for part in parts), message
+
+
+def loaded_modules(run: Run, command: str, *arguments: str | Path) -> set[str]:
+    """The Python modules that a command has imported, which succeeds."""
+    result = run(command, *arguments, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.decode().splitlines()
+    return {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}

@@ -6,7 +6,6 @@ Imports are made where they are needed, so that ``--help`` and ``--info`` answer
 import io
 import json as json_format
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from .terminal import (
     IMAGE_SUFFIXES,
     Outputs,
     choose_outputs,
+    end_process,
     for_each,
     list_inputs,
     print_error,
@@ -230,4 +230,4 @@ def _as_text(source: str, facts: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of clric-dec."""
-    sys.exit(run_command(command, NAME))
+    end_process(run_command(command, NAME))

@@ -22,6 +22,7 @@ from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import (
     IMAGE_SUFFIXES,
     choose_outputs,
+    end_process,
     list_inputs,
     print_error,
     print_existing,
@@ -466,4 +467,4 @@ def _bar(images: int, show: bool) -> Iterator[_View]:
 
 def main() -> None:
     """Entry point of clric-enc."""
-    sys.exit(run_command(command, NAME))
+    end_process(run_command(command, NAME))

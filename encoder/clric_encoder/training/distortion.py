@@ -9,8 +9,8 @@ and the gradient G of the image's loss D by the n values of the latent f gives t
 to second order, c being the curvature. A step on the function costs a hundredth of a look at the image, and some twenty
 follow on each.
 
-The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + p (perceptual distance + 0.06 textures) + 2 flatness, p being 0.5, and 1.5
-through `lite` (docs/tuning.md has the reasons).
+The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + p (perceptual distance + 0.06 textures) + 2 flatness, p being 0.5, and
+1.5 through `lite` (docs/tuning.md has the reasons).
 """
 
 from __future__ import annotations
@@ -51,12 +51,15 @@ CURVATURE, CURVATURES = 1.2, {"lite": 2.0}
 # Pixels that are decoded at once, at most: 512 x 512 and what is around them, for some 0.4 GB.
 TILE_PIXELS = 640 * 640
 
+# The side of the corner by which the time of a look is estimated.
+CORNER_PIXELS = 256
+
 # Tiles of one shape that are decoded together on a GPU, where launches of small kernels take longer than their work.
 TILES_ON_GPU = 8
 
-# Corners at which the perceptual distance begins to read the image, in turns: features are of every 2nd to 16th pixel,
+# Places at which the perceptual distance begins to read the image, in turns: features are of every 2nd to 16th pixel,
 # and a raster that never moved would be filled with what it does not see, a mesh in flat areas.
-CORNERS = ((0, 0), (5, 11), (10, 6), (15, 1), (3, 14), (13, 9), (8, 4))
+STARTS = ((0, 0), (5, 11), (10, 6), (15, 1), (3, 14), (13, 9), (8, 4))
 
 # The least sides that the perceptual distance and a scale of MS-SSIM (a window of 11 pixels) make sense for.
 PERCEPTUAL_SIDE, WINDOW = 48, 11
@@ -124,7 +127,7 @@ class _Tile:
     structure: list[tuple[Tensor, ...]]
     flat: list[tuple[int, Tensor, Tensor]]
     flatness: Tensor
-    references: list[Reference]
+    references: dict[int, Reference]  # by place of STARTS, as they are needed
 
 
 class ImageDistortion:
@@ -148,6 +151,9 @@ class ImageDistortion:
         self._together = TILES_ON_GPU if latents.is_cuda else 1
         with torch.no_grad():
             self._tiles = [self._tiles_of(image, latent) for image, latent in zip(images, latents, strict=True)]
+            side = CORNER_PIXELS // 8
+            corner = latents[:1, :, :side, :side]
+            self._corner = self._tiles_of(images[0][:CORNER_PIXELS, :CORNER_PIXELS], corner[0])[0], corner
 
     def pick(self, indices: Sequence[int]) -> ImageDistortion:
         """Those of some of the images."""
@@ -176,13 +182,14 @@ class ImageDistortion:
         self._looks += 1
 
     def seconds(self) -> float:
-        """What a look at all images takes on this machine, about: by one tile, decoded forward and twice that back."""
-        tile = self._tiles[0][0]
-        latent = self.targets[(slice(1), slice(None), *tile.seen)]
-        begin = time.monotonic()
-        with torch.inference_mode():
+        """What a look at all images takes on this machine, about: by a corner, decoded forward and twice that back."""
+        tile, latent = self._corner
+        with torch.no_grad():
+            self._loss([tile], latent)  # what is done once
+            begin = time.monotonic()
             self._loss([tile], latent)
-        return 3 * (time.monotonic() - begin) / tile.share * len(self._tiles)
+        pixels = sum(tile.pixels.numel() for tiles in self._tiles for tile in tiles)
+        return 3 * (time.monotonic() - begin) * pixels / tile.pixels.numel()
 
     def _decode(self, tile: _Tile, latents: Tensor) -> Tensor:
         image = self._decoder.run(latents)
@@ -202,11 +209,14 @@ class ImageDistortion:
             (own[0][0], *_cat([area[1:] for area in own])) for own in zip(*(tile.flat for tile in tiles), strict=True)
         ]
         loss = loss + FLATNESS_WEIGHT * flatness_loss(image, areas)
-        if tiles[0].references:
-            assert self._perceptual is not None
-            number = self._looks % len(CORNERS)
-            top, left = CORNERS[number]
+        if self._perceptual is not None and min(pixels.shape[2:]) >= PERCEPTUAL_SIDE:
+            number = self._looks % len(STARTS)
+            top, left = STARTS[number]
             shown = torch.lerp(image, pixels, featureless)
+            for tile in tiles:
+                if number not in tile.references:
+                    with torch.no_grad():
+                        tile.references[number] = self._perceptual.reference(tile.pixels[..., top:, left:])
             reference = [_cat(own) for own in zip(*(tile.references[number] for tile in tiles), strict=True)]
             distance = self._perceptual.distance(shown[..., top:, left:], reference)
             loss = loss + self._decoder.perceptual_weight * distance
@@ -231,13 +241,10 @@ class ImageDistortion:
                 )
                 cut = image[8 * top : min(8 * bottom, height), 8 * left : min(8 * right, width)]
                 pixels = torch.from_numpy(np.array(cut)).to(latent.device).permute(2, 0, 1)[None] / 255
-                references = []
-                if self._perceptual is not None and min(pixels.shape[2:]) >= PERCEPTUAL_SIDE:
-                    references = [self._perceptual.reference(pixels[..., y:, x:]) for y, x in CORNERS]
                 share = cut.size / image.size
                 core = (slice(top, bottom), slice(left, right))
                 flat = flat_areas(pixels)
-                tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat, flatness(pixels), references))
+                tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat, flatness(pixels), {}))
         return tiles
 
 
