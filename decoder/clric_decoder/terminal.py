@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import click
 
 from .cpus import thread_count
-from .errors import ClricError
+from .errors import ClricError, one_line
 from .files import STANDARD, is_special
 
 # Suffixes of the files that commands take for images, in a folder and as the name of an output.
@@ -62,6 +62,11 @@ def run_command(command: click.Command, name: str) -> int:
         return 1
     except click.Abort:  # Ctrl-C
         return 130
+    except BrokenPipeError:  # nobody reads the help any more
+        return 1
+    except OSError as error:  # of the help, on a full disk
+        print_error(name, one_line(error))
+        return 1
     return code if isinstance(code, int) else 0
 
 

@@ -313,6 +313,7 @@ def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path, file: Path, to
     with open("/dev/full", "wb") as device:
         assert_one_line(run("clric-dec", name, *toy, "-o", "-", stdout=device), 1, full)
         assert_one_line(run("clric-dec", name, "--info", stdout=device), 1, full)
+        assert_one_line(run("clric-dec", "--help", stdout=device), 1, "No space left on device")
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
