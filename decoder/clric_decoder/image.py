@@ -18,16 +18,17 @@ from .bitstream import Metadata
 from .errors import ImageError, one_line
 from .files import STANDARD, check_output, write_output
 
-# How each suffix is written: as near to lossless as the format allows.
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    ".png": {"compress_level": 4},  # a third of the time of Pillow's 6, and 1 % more bytes
-    ".jpg": {"quality": 95},
-    ".jpeg": {"quality": 95},
-    ".webp": {"lossless": True},
-    ".tif": {"compression": "tiff_deflate"},
-    ".tiff": {"compression": "tiff_deflate"},
-    ".bmp": {},
-    ".ppm": {},
+# How each suffix is written, by the names that Pillow has for format and options: as near to lossless as the format
+# allows. (Asked for the format of a suffix, Pillow loads all that it knows.)
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {"compress_level": 4}),  # a third of the time of Pillow's 6, and 1 % more bytes
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".jpeg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+    ".tif": ("TIFF", {"compression": "tiff_deflate"}),
+    ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
+    ".bmp": ("BMP", {}),
+    ".ppm": ("PPM", {}),
 }
 
 # What stands before EXIF in a JPEG file, but not in a stream; and the tag of XMP in a TIFF file.
@@ -161,8 +162,8 @@ def _why_not_held(suffix: str, metadata: Metadata) -> str | None:
 
 def _encoded(suffix: str, image: np.ndarray, metadata: Metadata) -> bytes:
     file = io.BytesIO()
-    options = {**_SAVE_OPTIONS[suffix], **_metadata_options(suffix, metadata)}
-    Image.fromarray(image).save(file, Image.registered_extensions()[suffix], **options)
+    name, options = _FORMATS[suffix]
+    Image.fromarray(image).save(file, name, **options, **_metadata_options(suffix, metadata))
     return file.getvalue()
 
 
@@ -194,8 +195,8 @@ def _metadata_options(suffix: str, metadata: Metadata) -> dict[str, Any]:
 def _suffix(path: str | os.PathLike[str]) -> str:
     """The suffix that names the format of an image to write. Raises ImageError for an unknown one."""
     suffix = ".png" if os.fspath(path) == STANDARD else Path(path).suffix.lower()
-    if suffix not in _SAVE_OPTIONS:
-        known = ", ".join(_SAVE_OPTIONS)
+    if suffix not in _FORMATS:
+        known = ", ".join(_FORMATS)
         raise ImageError(f"{os.fspath(path)}: unknown image suffix {suffix!r}; use one of {known}")
     return suffix
 
