@@ -163,7 +163,7 @@ def _why_not_held(suffix: str, metadata: Metadata) -> str | None:
 def _encoded(suffix: str, image: np.ndarray, metadata: Metadata) -> bytes:
     file = io.BytesIO()
     name, options = _FORMATS[suffix]
-    Image.fromarray(image).save(file, name, **options, **_metadata_options(suffix, metadata))
+    Image.fromarray(image).save(file, name, **options | _metadata_options(suffix, metadata))
     return file.getvalue()
 
 
