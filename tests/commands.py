@@ -1,6 +1,5 @@
 """What the tests of the commands share."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *pa
 
 def loaded_modules(run: Run, command: str, *arguments: str | Path) -> set[str]:
     """The Python modules that a command has imported, which succeeds."""
-    result = run(command, *arguments, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+    result = run(command, *arguments, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0, result.stderr
     lines = result.stderr.decode().splitlines()
     return {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}

@@ -109,7 +109,7 @@ def toy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """``run("clric-dec", *arguments, input=b"")``: the installed command in ``tmp_path``, its cache empty.
 
-    Keywords are those of subprocess.run.
+    Keywords are those of subprocess.run; ``env`` is added to the process's own.
     """
     cache = tmp_path_factory.mktemp("cache")
 
@@ -118,10 +118,10 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         environment |= {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
         settings: dict[str, Any] = {
             "cwd": tmp_path,
-            "env": environment,
             "timeout": 300,
             "stderr": subprocess.PIPE,
         } | options
+        settings["env"] = environment | settings.get("env", {})
         settings.setdefault("stdout", subprocess.PIPE)
         script = Path(sys.executable).with_name(command)
         return subprocess.run([script, *arguments], check=False, **settings)

@@ -63,7 +63,7 @@ def test_the_target_moves_against_the_gradient_of_the_loss(face: np.ndarray, lit
     gradient = (latent - image.targets) * (2 * lite.curvature / latent.numel())
     losses = []
     for step in (-1e-4, 1e-4):
-        image._looks = 0  # each look reads features from another corner
+        image._looks = 0  # each look reads features at another offset
         image.look(latent + step * direction, [0])
         losses.append(image.losses.double().item())
     assert (losses[1] - losses[0]) / 2e-4 == pytest.approx((gradient * direction).sum().item(), rel=0.1)

@@ -33,8 +33,8 @@ from .features import PerceptualDistance, Reference
 # Weights of the parts of the image's loss, for RGB in [0, 1].
 PIXELS_WEIGHT, STRUCTURE_WEIGHT, FLATNESS_WEIGHT = 6.0, 0.25, 2.0
 
-# That of the perceptual distance, by image decoder. Beside what untuned streams of lite lack by pixels there is much to
-# win, so that more of it can go to features.
+# That of the perceptual distance, by image decoder. Tuning through lite gains so much by measures of pixels that
+# features can weigh more.
 PERCEPTUAL_WEIGHT, PERCEPTUAL_WEIGHTS = 0.5, {"lite": 1.5}
 
 # Differences of neighbouring pixels, on average over 9 x 9 pixels, below which an area is flat.
@@ -52,14 +52,14 @@ CURVATURE, CURVATURES = 1.2, {"lite": 2.0}
 TILE_PIXELS = 640 * 640
 
 # The side of the corner by which the time of a look is estimated.
-CORNER_PIXELS = 256
+CORNER_SIDE = 256
 
 # Tiles of one shape that are decoded together on a GPU, where launches of small kernels take longer than their work.
 TILES_ON_GPU = 8
 
-# Places at which the perceptual distance begins to read the image, in turns: features are of every 2nd to 16th pixel,
+# Where the perceptual distance begins to read the image, in turns: features are of every 2nd to 16th pixel,
 # and a raster that never moved would be filled with what it does not see, a mesh in flat areas.
-STARTS = ((0, 0), (5, 11), (10, 6), (15, 1), (3, 14), (13, 9), (8, 4))
+FEATURE_OFFSETS = ((0, 0), (5, 11), (10, 6), (15, 1), (3, 14), (13, 9), (8, 4))
 
 # The least sides that the perceptual distance and a scale of MS-SSIM (a window of 11 pixels) make sense for.
 PERCEPTUAL_SIDE, WINDOW = 48, 11
@@ -127,7 +127,7 @@ class _Tile:
     structure: list[tuple[Tensor, ...]]
     flat: list[tuple[int, Tensor, Tensor]]
     flatness: Tensor
-    references: dict[int, Reference]  # by place of STARTS, as they are needed
+    references: dict[int, Reference]  # by index of FEATURE_OFFSETS, computed on first use
 
 
 class ImageDistortion:
@@ -151,9 +151,13 @@ class ImageDistortion:
         self._together = TILES_ON_GPU if latents.is_cuda else 1
         with torch.no_grad():
             self._tiles = [self._tiles_of(image, latent) for image, latent in zip(images, latents, strict=True)]
-            side = CORNER_PIXELS // 8
-            corner = latents[:1, :, :side, :side]
-            self._corner = self._tiles_of(images[0][:CORNER_PIXELS, :CORNER_PIXELS], corner[0])[0], corner
+            first = self._tiles[0][0]
+            self._part = first, latents[(slice(1), slice(None), *first.seen)]
+            # Of an image that is one tile a corner says enough, but not of decoders whose layers see all of it, nor of
+            # GPUs, where launches take longer than work
+            if len(self._tiles[0]) == 1 and decoder.halo is not None and not latents.is_cuda:
+                corner = latents[:1, :, : CORNER_SIDE // 8, : CORNER_SIDE // 8]
+                self._part = self._tiles_of(images[0][:CORNER_SIDE, :CORNER_SIDE], corner[0])[0], corner
 
     def pick(self, indices: Sequence[int]) -> ImageDistortion:
         """Those of some of the images."""
@@ -182,14 +186,16 @@ class ImageDistortion:
         self._looks += 1
 
     def seconds(self) -> float:
-        """What a look at all images takes on this machine, about: by a corner, decoded forward and twice that back."""
-        tile, latent = self._corner
+        """What a look at all images takes on this machine, about: by a part, decoded forward and twice that back."""
+        tile, latent = self._part
+        took = 0.0
         with torch.no_grad():
-            self._loss([tile], latent)  # what is done once
-            begin = time.monotonic()
-            self._loss([tile], latent)
+            for _ in range(1 if self._decoder.halo is None else 2):  # the first time includes what is done once
+                begin = _now(latent.device)
+                self._loss([tile], latent)
+                took = _now(latent.device) - begin
         pixels = sum(tile.pixels.numel() for tiles in self._tiles for tile in tiles)
-        return 3 * (time.monotonic() - begin) * pixels / tile.pixels.numel()
+        return 3 * took * pixels / tile.pixels.numel()
 
     def _decode(self, tile: _Tile, latents: Tensor) -> Tensor:
         image = self._decoder.run(latents)
@@ -210,8 +216,8 @@ class ImageDistortion:
         ]
         loss = loss + FLATNESS_WEIGHT * flatness_loss(image, areas)
         if self._perceptual is not None and min(pixels.shape[2:]) >= PERCEPTUAL_SIDE:
-            number = self._looks % len(STARTS)
-            top, left = STARTS[number]
+            number = self._looks % len(FEATURE_OFFSETS)
+            top, left = FEATURE_OFFSETS[number]
             shown = torch.lerp(image, pixels, featureless)
             for tile in tiles:
                 if number not in tile.references:
@@ -246,6 +252,13 @@ class ImageDistortion:
                 flat = flat_areas(pixels)
                 tiles.append(_Tile(core, seen, share, pixels, structure(pixels), flat, flatness(pixels), {}))
         return tiles
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 def _side_by_side(shapes: Sequence[list[torch.Size]], most: int) -> list[list[int]]:

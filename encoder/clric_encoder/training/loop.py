@@ -41,7 +41,7 @@ FINISHING_ROUNDS = 10
 BISECTIONS = 10  # between grids that are too small and those that are too large
 # On images, whose targets move, sizes that miss by more are trained at so many times these rates
 FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0
-FINISHING_LOOKS = 20  # iterations between two looks at the image, where that is what is trained on
+FINISHING_LOOKS = FINISHING.iterations  # iterations between two looks: one a round
 
 # Lambda of the training on images as a multiple of that on latents, and what it leaves of a file, about: more than that
 # at rates above 0.2 bpp. Where a size is missed, all starts again with what it left.
