@@ -1,9 +1,16 @@
 """What the tests of the commands share."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from conftest import Run
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs signals, terminals and limits as POSIX has them")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs what only Linux has: /dev/full, /proc, safe forks")
+IS_ROOT = getattr(os, "geteuid", lambda: 0)() == 0  # to whom permissions do not apply; Windows has others
 
 
 def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:

@@ -34,9 +34,11 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def make_stream() -> MakeStream:
-    """``make_stream(width, height, space="sd1")``: a valid stream of random grids, made without training."""
+    """``make_stream(width, height, space="sd1")``: a valid stream of random or empty grids, made without training."""
 
-    def make(width: int = 48, height: int = 40, space: str = "sd1", image_decoder: int = 0) -> bytes:
+    def make(
+        width: int = 48, height: int = 40, space: str = "sd1", image_decoder: int = 0, random: bool = True
+    ) -> bytes:
         channels = LATENT_SPACES[space].channels
         architecture = replace(
             bitstream.registered_architecture(1),
@@ -49,9 +51,10 @@ def make_stream() -> MakeStream:
             if group.name == "synthesis.weight0":
                 integers.reshape(channels, -1)[:, :channels] = np.eye(channels)  # the finest grid is the latent
             networks.append(Parameters(group, 0, integers))
-        random = np.random.default_rng(0)
+        numbers = np.random.default_rng(0)
+        most = 2 if random else 0
         shapes = bitstream.grid_shapes(architecture.channels, -(-height // 8), -(-width // 8))
-        grids = [random.integers(-2, 3, shape).astype(np.int32) for shape in shapes]
+        grids = [numbers.integers(-most, most + 1, shape).astype(np.int32) for shape in shapes]
         return bitstream.write(
             width=width,
             height=height,

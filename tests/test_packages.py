@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -114,7 +115,7 @@ def client(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of programs of an empty virtual environment with the built wheel and what it requires."""
     folder = tmp_path_factory.mktemp("client")
     venv.create(folder / "venv", with_pip=True)
-    programs = folder / "venv" / "bin"
+    programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
     install = subprocess.run(
         [programs / "python", "-m", "pip", "install", "--quiet", wheel],
         check=False,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from clric_decoder import numpy_start  # noqa: F401, before all that imports numpy
-from clric_decoder.bitstream import read_header
+from clric_decoder.bitstream import MAX_SIDE, read_header
 from clric_decoder.errors import ClricError
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
 from clric_decoder.terminal import (
@@ -338,7 +338,7 @@ class _Run:
 
 def _facts(source: str, place: str, encoded: "Encoded") -> dict[str, Any]:
     """What --json prints; ``latent_mse`` is the mean squared error of the decoded latent, ``note`` null as a rule."""
-    header = read_header(encoded.data)
+    header = read_header(encoded.data, max_pixels=MAX_SIDE**2)
     return {
         "file": source,
         "output": place,

@@ -1,4 +1,4 @@
-"""Encoding with Ray, on all CPUs or GPUs of a machine or a cluster (``pip install 'clric[ray]'``).
+"""Encoding with Ray, on all CPUs or GPUs of a machine or a cluster (``pip install 'clric[cpu,ray]'``).
 
     list of files -> their sizes -> batches of one size -> a pool of actors -> streams and manifest.jsonl
 
@@ -218,7 +218,8 @@ class EncodeImages:
                 errors[picture.key] = str(result)
                 continue
             streams[picture.key] = result.data
-            numbers[:, picture.key] = read_header(result.data).bpp, result.latent_mse, picture.seconds
+            header = read_header(result.data, max_pixels=picture.pixels.size)
+            numbers[:, picture.key] = header.bpp, result.latent_mse, picture.seconds
             notes[picture.key] = "; ".join(filter(None, (notes[picture.key], result.note)))
         texts = {"stream": streams, "note": notes, "error": errors}
         return {
@@ -268,17 +269,19 @@ def _plan_actors(settings: Settings, threads: int, memory: int | None) -> _Actor
     """Actors on GPUs, if the cluster has any and they can be used, or else on CPUs."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     reserved = {} if memory is None else {"memory": float(memory)}
-    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    roomy = [node for node in nodes if node.get("CPU", 0) >= threads and node.get("memory", 0) >= (memory or 0)]
+    if not roomy:
+        room = f"{threads} CPUs" + ("" if memory is None else f" and {memory} bytes of memory")
+        raise ClricError(f"no node of the cluster has {room} for an actor; ask for less")
+    with_gpus = [node for node in roomy if node.get("GPU", 0) >= 1]
     if settings.device == "cuda" and not with_gpus:
-        raise ClricError("no node of the cluster has a GPU; use --device cpu")
+        raise ClricError("no node with room has a GPU; use --device cpu")
     if with_gpus and settings.device != "cpu" and settings.preset != INSTANT:
         gpus, cpus = (sum(node.get(kind, 0) for node in with_gpus) for kind in ("GPU", "CPU"))
         per_gpu = int(max(1, min(ACTORS_PER_GPU, cpus // (gpus * threads))))
         resources = {"num_cpus": threads, "num_gpus": 1 / per_gpu, **reserved}
         return _Actors(replace(settings, device="cuda"), threads, 1 / per_gpu, resources, int(gpus) * per_gpu)
-    count = sum(int(node.get("CPU", 0) // threads) for node in nodes)
-    if count == 0:
-        raise ClricError(f"no node of the cluster has {threads} CPUs; use fewer threads")
+    count = sum(int(node["CPU"] // threads) for node in roomy)
     return _Actors(replace(settings, device="cpu"), threads, 1, {"num_cpus": threads, **reserved}, count)
 
 

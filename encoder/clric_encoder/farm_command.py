@@ -97,7 +97,7 @@ def _bar(name: str, quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield show_line
         return
     columns = (rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"))
-    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(progress: Progress) -> None:

@@ -6,6 +6,7 @@ A path is a local one, or an address such as s3://bucket/folder.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import posixpath
 import secrets
@@ -32,14 +33,17 @@ VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modifi
 
 
 def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
-    """Source, output and version of each image file."""
+    """Source, output and version of each image file. Raises ClricError."""
     files = []
     output = _address(*open_system(output))
     outputs: dict[str, str] = {}
     for name in sources:
         system, path = open_system(name)
-        if system.isdir(path):
-            found = system.find(path, detail=True)
+        try:
+            found = system.find(path, detail=True) if system.isdir(path) else None
+        except Exception as error:  # file systems' errors have no common base class
+            raise ClricError(f"{name}: {one_line(error)}") from error
+        if found is not None:
             images = {
                 place: info for place, info in found.items() if PurePosixPath(place).suffix.lower() in IMAGE_SUFFIXES
             }
@@ -49,7 +53,7 @@ def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
         else:
             try:
                 images = {path: system.info(path)}
-            except OSError:  # said of this image, when it is read
+            except Exception:  # said of this image, when it is read
                 images = {path: {}}
             folder = posixpath.dirname(path)
         for place, info in images.items():
@@ -82,6 +86,7 @@ class Manifest:
 
     def __init__(self, output: str) -> None:
         self._system, self._folder = open_system(output)
+        self._output = output
         self._lines: dict[str, str] = {}
         self._new: list[str] = []
         self._written = time.monotonic()
@@ -92,9 +97,9 @@ class Manifest:
                 with contextlib.suppress(FileNotFoundError):
                     for line in self._system.cat_file(path).decode().splitlines():
                         self._lines[json.loads(line)["source"]] = line
-            self.close()
-        except (OSError, ValueError, KeyError) as error:
-            raise ClricError(f"{output}: {MANIFEST} cannot be read and written ({one_line(error)})") from error
+        except Exception as error:  # as in `list_files`, or of a file that is no manifest
+            raise self._error("read", error) from error
+        self.close()
 
     def outdated(self, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those that were not encoded as they are now, or whose stream is gone."""
@@ -123,10 +128,16 @@ class Manifest:
             self._system.rm(parts)
 
     def _write(self, name: str, lines: Iterable[str]) -> None:
-        write(_address(self._system, self._path(name)), "".join(f"{line}\n" for line in lines).encode())
+        try:
+            write(_address(self._system, self._path(name)), "".join(f"{line}\n" for line in lines).encode())
+        except Exception as error:
+            raise self._error("written", error) from error
+
+    def _error(self, done: str, error: Exception) -> ClricError:
+        return ClricError(f"{self._output}: {MANIFEST} cannot be {done} ({one_line(error)})")
 
     def _parts(self) -> list[str]:
-        return sorted(self._system.glob(self._path("manifest-*.part.jsonl")))
+        return sorted(self._system.glob(posixpath.join(glob.escape(self._folder), "manifest-*.part.jsonl")))
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._folder, name)

@@ -25,7 +25,7 @@ from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.bench.results import COLUMNS
-from commands import assert_one_line
+from commands import POSIX, assert_one_line
 from diffusers.models.autoencoders.vae import EncoderTiny
 from PIL import Image
 from safetensors.torch import save_file
@@ -54,6 +54,9 @@ def write_photo(path: Path, height: int, width: int) -> None:
     y, x = np.mgrid[:height, :width]
     waves = np.stack([128 + 100 * np.sin(x / 9 + y / 40), 128 + 100 * np.cos(y / 7), (2 * x + y) % 256], -1)
     Image.fromarray(waves.astype(np.uint8)).save(path)
+
+
+pytestmark = POSIX  # the fixture interrupts a run
 
 
 def hear_interrupts() -> None:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from clric_decoder import decode, decode_latent, read_header
 from clric_decoder.networks import count_parameters, mac_per_pixel
-from commands import assert_one_line, loaded_modules
+from commands import IS_ROOT, LINUX, POSIX, assert_one_line, loaded_modules
 from PIL import Image
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -212,6 +211,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(run: Run, tmp_pat
     assert run("clric-dec", "--info", name).stdout.decode().splitlines()[0] == shown
 
 
+@POSIX
 def test_standard_streams_that_are_closed_or_not_read(run: Run, file: Path, toy: list[str]) -> None:
     name = file.name
     assert_one_line(run("clric-dec", "-", "--info", preexec_fn=lambda: os.close(0)), 1, "-: standard input is closed")
@@ -301,6 +301,7 @@ def test_bad_choices(run: Run, file: Path, toy: list[str], make_stream: Callable
     assert [entry.name for entry in file.parent.iterdir()] == [name]
 
 
+@LINUX
 def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
     name = file.name
     full = "cannot be written (No space left on device)"
@@ -317,15 +318,17 @@ def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path, file: Path, to
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody else may")
+@pytest.mark.skipif(IS_ROOT, reason="root writes where nobody else may")
 def test_folder_without_permission(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     result = run("clric-dec", file.name, *toy, "-o", "locked/x.png")
     assert_one_line(result, 1, "locked/x.png: cannot be written (Permission denied)")
 
 
+@POSIX
 def test_disk_that_fills_up_midway(run: Run, tmp_path: Path, file: Path, toy: list[str]) -> None:
     """A limit on the size of files stands in for the disk: writing begins, and fails."""
+    import resource
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
@@ -343,6 +346,7 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@POSIX
 def test_control_c_is_quiet_and_leaves_nothing(tmp_path: Path) -> None:
     """Interrupted where it waits for its input."""
     command = Path(sys.executable).with_name("clric-dec")

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from clric_decoder.errors import ClricError
 from clric_decoder.files import read_input, write_output
+from commands import LINUX
 
 
 @pytest.mark.parametrize("source", ["-", "input"])
+@LINUX
 def test_a_large_limit_takes_no_memory(tmp_path: Path, source: str) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "input").write_bytes(data)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from clric_decoder import models
 from clric_decoder.errors import ModelError
+from commands import IS_ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_manifest_with_impossible_numbers(tmp_path: Path, field: str, value: int
         models.find_decoder("taesd", tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what nobody else may")
+@pytest.mark.skipif(IS_ROOT, reason="root reads what nobody else may")
 def test_folders_and_files_without_permission(tmp_path: Path) -> None:
     put_decoder(tmp_path / "a", "taesd")
     (tmp_path / "a").chmod(0o600)

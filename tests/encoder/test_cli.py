@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pty
 import re
 import signal
 import struct
@@ -11,20 +10,18 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clric_decoder import decode_latent, read_header
+from clric_decoder import ClricError, decode_latent, read_header
 from clric_encoder import batch_encoder, cli
 from clric_encoder.batch_encoder import Settings
 from clric_encoder.rate import Rate
 from clric_encoder.up_to_date import made_of
-from commands import assert_one_line, loaded_modules
+from commands import LINUX, POSIX, assert_one_line, loaded_modules
+from conftest import MakeStream, Run
 from PIL import Image
-
-Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +81,13 @@ def hear_interrupts() -> None:
 
 
 @pytest.mark.parametrize("text", [b"bpp, latent MSE", b"compiling (once on this machine)"])
+@POSIX
 def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, text: bytes
 ) -> None:
     photo = write_photo(tmp_path / "photo\a.png", 64, 64)
+    import pty
+
     terminal, side = pty.openpty()
     command = Path(sys.executable).with_name("clric-enc")
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
@@ -303,6 +303,18 @@ def test_help_does_not_load_torch(run: Run) -> None:
     assert not {"torch", "diffusers", "rich", "PIL"} & loaded
 
 
+def test_what_is_said_of_an_image_that_decoders_refuse_by_default(make_stream: MakeStream) -> None:
+    """They need --max-pixels for it; the encoder takes more."""
+    from clric_encoder.cli import _facts
+    from clric_encoder.stream import Encoded
+
+    data = make_stream(width=9600, height=9600, random=False)
+    with pytest.raises(ClricError, match="max_pixels"):
+        read_header(data)
+    facts = _facts("photo.png", "photo.clric", Encoded(data, 1.0, 0.1, None))
+    assert (facts["width"], facts["bytes"]) == (9600, len(data))
+
+
 def bad_images(folder: Path) -> dict[str, str]:
     """Bad inputs by name, each with what must be said of it."""
     whole = write_photo(folder / "whole.png", 64, 64).read_bytes()
@@ -442,6 +454,7 @@ def test_ray_that_is_missing_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1
 
 
+@LINUX
 def test_full_disk(run: Run, tmp_path: Path) -> None:
     write_photo(tmp_path / "photo.png", 8, 8)
     result = run("clric-enc", "photo.png", "-o", "/dev/full")

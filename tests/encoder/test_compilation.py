@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from clric_encoder.compilation import compilation
+from commands import POSIX
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,7 @@ def hear_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@POSIX
 def test_an_interrupt_waits_until_numba_has_left_llvm() -> None:
     # LLVM calls Python back, where an exception would end the process with a segmentation fault.
     numba = pytest.importorskip("numba")
@@ -42,6 +44,7 @@ def test_an_interrupt_waits_until_numba_has_left_llvm() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@POSIX
 def test_an_interrupt_at_other_times_is_heard_at_once() -> None:
     reached = False
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clric_decoder import read_header
+from clric_decoder import ClricError, read_header
 from PIL import Image
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'clric[ray]'")
@@ -280,7 +280,11 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (("in", "-o", "in/00.png", "--ray"), 1, "in/00.png"),
         (("in", "-o", "out", "--vae", "nonsense", "--ray"), 1, "nonsense"),
         (("in", "-o", "nonsense://out", "--ray"), 1, "nonsense"),
-        (("in", "-o", "out", "--device", "cuda", "--ray"), 1, "no node of the cluster has a GPU; use --device cpu"),
+        (
+            ("in", "-o", "out", "--device", "cuda", "--ray"),
+            1,
+            "no node with room has a GPU; use --device cpu",
+        ),
     ):
         result = encode(*arguments, cwd=tmp_path)
         assert (result.returncode, result.stderr.count("\n")) == (code, 1), result.stderr
@@ -320,7 +324,7 @@ def test_in_a_pipeline_of_ones_own(tmp_path: Path) -> None:
         (8, 0, 4, {"num_cpus": 4}, 2),
         (8, 2, 1, {"num_cpus": 1, "num_gpus": 0.25}, 8),
         (4, 2, 1, {"num_cpus": 1, "num_gpus": 0.5}, 4),
-        (1, 1, 2, {"num_cpus": 2, "num_gpus": 1}, 1),
+        (2, 1, 2, {"num_cpus": 2, "num_gpus": 1}, 1),
     ],
 )
 def test_what_an_actor_gets(
@@ -336,3 +340,48 @@ def test_what_an_actor_gets(
     assert (actors.resources, actors.count) == (resources, count)
     assert actors.settings.device == ("cuda" if gpus else "cpu")
     assert farm._plan_actors(Settings(Rate(1.0), device="cpu"), 1, None).resources == {"num_cpus": 1}
+
+
+@pytest.mark.parametrize(
+    ("threads", "memory", "message"),
+    [(3, None, "no node of the cluster has 3 CPUs for an actor"), (1, 1 << 40, "1 CPUs and 1099511627776 bytes")],
+)
+def test_actors_that_fit_nowhere(
+    monkeypatch: pytest.MonkeyPatch, threads: int, memory: int | None, message: str
+) -> None:
+    """Ray would wait for a node that has room, for ever."""
+    from clric_encoder import farm
+    from clric_encoder.batch_encoder import Settings
+    from clric_encoder.rate import Rate
+
+    node = {"Alive": True, "Resources": {"CPU": 2, "GPU": 1, "memory": 1e9}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    with pytest.raises(ClricError, match=message):
+        farm._plan_actors(Settings(Rate(1.0)), threads, memory)
+
+
+def test_storage_without_credentials_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
+    write_photos(tmp_path / "in", 1)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    for arguments in (("s3://photos/in", "-o", "out", "--ray"), ("in", "-o", "s3://photos/out", "--ray")):
+        result = encode(*arguments, cwd=tmp_path)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert "s3://photos" in result.stderr
+        assert "redentials" in result.stderr
+
+
+def test_parts_of_a_manifest_are_read_in_any_folder(tmp_path: Path) -> None:
+    from clric_encoder.farm_storage import Manifest
+
+    folder = tmp_path / "photos [2026]?*"
+    manifest = Manifest(str(folder))
+    manifest._written -= 1000
+    manifest.add({"source": "a.png", "error": None})  # and then the process is killed
+    again = Manifest(str(folder))
+    assert list(again._lines) == ["a.png"]
+    assert [path.name for path in folder.iterdir()] == ["manifest.jsonl"]
