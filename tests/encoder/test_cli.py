@@ -85,9 +85,9 @@ def hear_interrupts() -> None:
 def test_control_c_ends_the_live_view_quietly_and_leaves_no_file(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, text: bytes
 ) -> None:
-    photo = write_photo(tmp_path / "photo\a.png", 64, 64)
     import pty
 
+    photo = write_photo(tmp_path / "photo\a.png", 64, 64)
     terminal, side = pty.openpty()
     command = Path(sys.executable).with_name("clric-enc")
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}

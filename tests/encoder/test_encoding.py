@@ -30,7 +30,6 @@ from clric_encoder.training.distortion import LatentError
 from clric_encoder.training.optimizers import Adam
 from clric_encoder.training.presets import PRESETS, WarmUp
 from clric_encoder.training.rate_control import principal_step
-from commands import LINUX
 
 CPU = torch.device("cpu")
 
@@ -242,7 +241,6 @@ def test_a_fault_stops_all_parts_of_a_batch(fault, monkeypatch) -> None:
 
 @pytest.mark.skipif(not process_pool.possible(), reason="a batch has but one process here")
 @pytest.mark.usefixtures("two_threads")
-@LINUX
 def test_a_part_that_is_killed_is_too_little_memory(monkeypatch) -> None:
     move, first = Adam.move, os.getpid()
 

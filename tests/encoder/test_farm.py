@@ -280,11 +280,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (("in", "-o", "in/00.png", "--ray"), 1, "in/00.png"),
         (("in", "-o", "out", "--vae", "nonsense", "--ray"), 1, "nonsense"),
         (("in", "-o", "nonsense://out", "--ray"), 1, "nonsense"),
-        (
-            ("in", "-o", "out", "--device", "cuda", "--ray"),
-            1,
-            "no node with room has a GPU; use --device cpu",
-        ),
+        (("in", "-o", "out", "--device", "cuda", "--ray"), 1, "no node with room has a GPU; use --device cpu"),
     ):
         result = encode(*arguments, cwd=tmp_path)
         assert (result.returncode, result.stderr.count("\n")) == (code, 1), result.stderr

@@ -41,7 +41,6 @@ FINISHING_ROUNDS = 10
 BISECTIONS = 10  # between grids that are too small and those that are too large
 # On images, whose targets move, sizes that miss by more are trained at so many times these rates
 FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0
-FINISHING_LOOKS = FINISHING.iterations  # iterations between two looks: one a round
 
 # Lambda of the training on images as a multiple of that on latents, and what it leaves of a file, about: more than that
 # at rates above 0.2 bpp. Where a size is missed, all starts again with what it left.
@@ -574,7 +573,7 @@ class _Trainer:
         current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
         first, best, kept = current, list(current), state.packed.clone()
         sides: list[dict[bool, torch.Tensor]] = [{} for _ in best]  # the last grids that were too large, and too small
-        stage = replace(FINISHING, look_every=FINISHING_LOOKS if self.distortion.moves else 0)
+        stage = replace(FINISHING, look_every=FINISHING.iterations if self.distortion.moves else 0)  # one a round
         for number in range(FINISHING_ROUNDS + 1):
             if number:
                 current = [measure(function, i) for i, function in enumerate(self.functions(state, networks))]
