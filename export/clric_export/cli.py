@@ -199,6 +199,12 @@ def distill(
     help='Size of the decoder; "large" trains only a decoder and requires --start.',
 )
 @click.option(
+    "--latents",
+    multiple=True,
+    metavar="NAME",
+    help="Train only a decoder, for latents of this autoencoder; several of one latent space may be named.",
+)
+@click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to train on."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed.")
@@ -217,6 +223,7 @@ def train(
     streams: Path | None,
     start: Path | None,
     decoder: str,
+    latents: tuple[str, ...],
     device: str,
     seed: int,
 ) -> int:
@@ -245,6 +252,7 @@ def train(
             streams=streams,
             start=start,
             decoder=decoder,
+            latents=latents,
             device=device,
             report=report,
         )

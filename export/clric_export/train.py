@@ -126,6 +126,7 @@ class Settings:
     crops: int
     learning_rate: float
     decoder: str = "small"
+    latents: tuple[str, ...] = ()
 
 
 def train(
@@ -144,6 +145,7 @@ def train(
     lpips: Path | None = None,
     streams: Path | None = None,
     decoder: str = "small",
+    latents: Sequence[str] = (),
     start: Path | None = None,
     device: str = "cpu",
     report: Callable[[str], None] = lambda line: None,
@@ -158,17 +160,28 @@ def train(
     without, its student alone is used. streams: a folder of streams of the photos by clric-enc with this autoencoder
     as it was when they were made, each named as its photo: the decoder learns what coded latents are like. start: the
     checkpoint of another run, whose weights to begin with; those of `lite` without. decoder: "small", or "large" for a
-    larger decoder of the latents of `start`, whose encoder and prior stay as they are. device:
-    cpu or cuda. report: called with lines about the progress.
+    larger decoder of the latents of `start`, whose encoder and prior stay as they are. latents: autoencoders of one
+    space, for whose latents a decoder alone is trained, batches being of each in turn; `channels` is then that of their
+    space, and so is `space` where it is None. device: cpu or cuda. report: called with lines about the progress.
 
-    Gives the paths of the decoder and of the encoder (ONNX, the weights stored in int8) and of their manifests.
+    Gives the paths of the decoder and, unless it is for `latents`, of the encoder (ONNX, the weights stored in int8)
+    and of their manifests.
     Raises ClricError and OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if decoder == "large" and start is None:
         raise ClricError("a large decoder is trained for the latents of another run; name its checkpoint (--start)")
-    settings = Settings(channels, seed, crop, crops, learning_rate, decoder)
-    run = _Run(settings, Crops(photos, crop, seed, streams), lpips, torch.device(device))
+    encoders = [load_encoder_network(other) for other in latents]
+    if encoders:
+        if decoder != "small" or start is not None:
+            raise ClricError("a decoder for the latents of other autoencoders is small and starts from lite")
+        spaces = {encoder.space for encoder in encoders}
+        if len(spaces) > 1:
+            raise ClricError(f"the latents are of more than one space: {', '.join(sorted(spaces))}")
+        space, channels = space or encoders[0].space, encoders[0].channels
+    settings = Settings(channels, seed, crop, crops, learning_rate, decoder, tuple(latents))
+    others = [encoder.module for encoder in encoders]
+    run = _Run(settings, Crops(photos, crop, seed, streams), lpips, torch.device(device), others)
     report(f"{len(run.data.images)} photos ({len(run.data.coded)} with streams), {run.dtype} on {device}")
     checkpoint = folder / "checkpoint.pt"
     if start is not None:
@@ -189,13 +202,12 @@ def train(
 
 
 def write_networks(model: nn.ModuleDict, channels: int, name: str, space: str | None, folder: Path) -> list[Path]:
-    """Writes the decoder as ``name``.onnx and the encoder as ``name``_encoder.onnx, with their manifests.
+    """Writes the decoder as ``name``.onnx and the encoder, if there is one, as ``name``_encoder.onnx, with manifests.
 
     space: their latent space; None for one of their own, custom-<the first 16 digits of the decoder's SHA-256>.
     """
-    decoder, encoder = (copy.deepcopy(model[half]).eval() for half in ("decoder", "encoder"))
+    decoder = copy.deepcopy(model["decoder"]).eval()
     assert isinstance(decoder, SmallDecoder)
-    assert isinstance(encoder, SmallEncoder)
     network = Network(
         "decoder", name, space or "custom", channels, receptive_halo(decoder.layers), "BSD-3-Clause",
         "clric-export train", decoder,
@@ -205,9 +217,14 @@ def write_networks(model: nn.ModuleDict, channels: int, name: str, space: str | 
             digest = write_network(network, Path(scratch), "int8", stem=name)["sha256"]
         network = replace(network, space=f"custom-{digest[:16]}")
     write_network(network, folder, "int8", stem=name)
-    network = replace(network, half="encoder", halo=encoder.halo, module=encoder)
-    write_network(network, folder, "int8", stem=f"{name}_encoder")
-    return [folder / f"{name}{half}{suffix}" for half in ("", "_encoder") for suffix in (".onnx", ".json")]
+    stems = [name]
+    if "encoder" in model:
+        encoder = copy.deepcopy(model["encoder"]).eval()
+        assert isinstance(encoder, SmallEncoder)
+        network = replace(network, half="encoder", halo=encoder.halo, module=encoder)
+        stems.append(f"{name}_encoder")
+        write_network(network, folder, "int8", stem=stems[1])
+    return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".onnx", ".json")]
 
 
 def start_networks(channels: int, size: str = "small") -> nn.ModuleDict:
@@ -274,7 +291,10 @@ def _read(checkpoint: Path) -> dict[str, Any]:
 class _Run:
     """The state of a run: networks, their moving average, the optimiser and the number of iterations done."""
 
-    def __init__(self, settings: Settings, data: Crops, lpips: Path | None, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, data: Crops, lpips: Path | None, device: torch.device, others: Sequence[nn.Module]
+    ) -> None:
+        """others: frozen encoders for whose latents a decoder alone is trained; none for all networks together."""
         torch.manual_seed(settings.seed)
         self.settings, self.data, self.device, self.iteration = settings, data, device, 0
         self.dtype = fast_dtype(device.type)
@@ -283,22 +303,22 @@ class _Run:
         self.teacher = None if lpips is None else LpipsVgg(lpips, self.dtype).to(device)
         self.model = start_networks(settings.channels, settings.decoder)
         self.lite = load_encoder_network("lite").module
-        for network in (self.lite, self.model):  # channels last: faster on a CPU, and on a GPU in bfloat16
+        if others:
+            del self.model["encoder"], self.model["prior"]
+        self.encoders = list(others) or [self.model["encoder"]]
+        for network in (self.lite, self.model, *others):  # channels last: faster on a CPU, and on a GPU in bfloat16
             network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.only_decoder = settings.decoder == "large"
+        self.only_decoder = bool(others) or settings.decoder == "large"
+        prior = self.model["prior"].parameters() if "prior" in self.model else ()
         if self.only_decoder:
-            self.model["encoder"].requires_grad_(False)
-            self.model["prior"].requires_grad_(False)
+            self.model.requires_grad_(False)
+            self._decoder.requires_grad_(True)
         last = list(self._decoder.layers[-2].parameters())
-        others = [
-            parameter
-            for parameter in (*self.model["encoder"].parameters(), *self.model["decoder"].parameters())
-            if all(parameter is not other for other in last)
-        ]
-        self.optimizer = Muon(others, lr=0.0)
+        apart = {id(parameter) for parameter in (*prior, *last)}
+        self.optimizer = Muon([own for own in self.model.parameters() if id(own) not in apart], lr=0.0)
         self.optimizer.add_param_group({"params": last, "lr": 0.0})
-        self.prior_optimizer = torch.optim.Adam(self.model["prior"].parameters(), PRIOR_LEARNING_RATE)
+        self.prior_optimizer = torch.optim.Adam([{"params": list(prior)}], PRIOR_LEARNING_RATE)
 
     def start_from(self, checkpoint: Path) -> None:
         """Takes the averaged weights of another run, and the number of its iterations if all is trained on.
@@ -390,7 +410,9 @@ class _Run:
                 losses = {name: round(value.item() / count, 5) for name, value in sums.items()}
                 seconds = (time.monotonic() - begin) / count
                 line: dict[str, Any] = {"iteration": self.iteration, "seconds": round(seconds, 3), "losses": losses}
-                line.update(validate(self.average, list(self.data.held_out()), self.teacher, self.device))
+                encoder = self.average["encoder"] if "encoder" in self.average else self.encoders[0]
+                held_out = list(self.data.held_out())
+                line.update(validate(self.average, encoder, held_out, self.teacher, self.device))
                 self.save(checkpoint)
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -442,8 +464,9 @@ class _Run:
         return {"rate": bits.sum() / pixels[:, 0].numel()}
 
     def _losses(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
+        encoder = self.encoders[self.iteration % len(self.encoders)]
         with self._autocast():
-            latent = self.model["encoder"](pixels).float()
+            latent = encoder(pixels).float()
         step = _random_steps(random, len(pixels), self._max_step()).to(self.device)
         scale = step[:, None, None, None]
         values = latent / scale
@@ -451,9 +474,11 @@ class _Run:
         rounded = values + (values.round() - values).detach()
         is_rounded = torch.from_numpy(random.random(len(pixels)) < ROUNDED_SHARE).to(self.device)[:, None, None, None]
         quantised = torch.where(is_rounded, rounded, noisy)
-        bits = self.model["prior"](noisy, step).sum((1, 2, 3)) / pixels[0, 0].numel()
-        rate = RATE_WEIGHT * (bits * (step / 0.5).square()).mean()
-        return {"rate": rate, **self._image_losses(quantised * scale, pixels, random)}
+        parts = self._image_losses(quantised * scale, pixels, random)
+        if not self.only_decoder:
+            bits = self.model["prior"](noisy, step).sum((1, 2, 3)) / pixels[0, 0].numel()
+            parts["rate"] = RATE_WEIGHT * (bits * (step / 0.5).square()).mean()
+        return parts
 
     def _image_losses(self, latents: Tensor, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
         image = self._decode(latents)
@@ -604,24 +629,25 @@ def _random_steps(random: np.random.Generator, count: int, largest: float) -> Te
 
 @torch.inference_mode()
 def validate(
-    model: nn.ModuleDict, images: Sequence[np.ndarray], lpips: LpipsVgg | None, device: torch.device
+    model: nn.ModuleDict, encoder: nn.Module, images: Sequence[np.ndarray], lpips: LpipsVgg | None, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Figures of photos coded with rounded latents, by step: bpp of the prior, PSNR, MS-SSIM, mesh.
+    """Figures of photos coded with rounded latents, by step: bpp of the prior if there is one, PSNR, MS-SSIM, mesh.
 
     images: H x W x 3 uint8, sides multiples of 8. mesh: the largest peak and the geometric mean of `mesh_peaks`;
     texture: those of what is not flat. lpips: measured on 256 x 256 pixels in the middle.
     """
     result: dict[str, dict[str, float]] = {}
     pixels = [torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255 for image in images]
-    latents = [model["encoder"](x) for x in pixels]
+    latents = [encoder(x) for x in pixels]
     for step in VALIDATION_STEPS:
         figures: dict[str, list[float]] = {}
         decoded = []
         for x, latent in zip(pixels, latents, strict=True):
             if step:
                 values = (latent / step).round()
-                bits = model["prior"](values, torch.tensor([step], device=device)).sum().item()
-                figures.setdefault("bpp", []).append(bits / x[0, 0].numel())
+                if "prior" in model:
+                    bits = model["prior"](values, torch.tensor([step], device=device)).sum().item()
+                    figures.setdefault("bpp", []).append(bits / x[0, 0].numel())
                 latent = values * step
             image = (255 * model["decoder"](latent)).round() / 255
             decoded.append((255 * image[0]).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -220,6 +220,30 @@ def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
         run("other channels", 4, start=checkpoint, channels=4)
 
 
+@pytest.mark.usefixtures("short")
+def test_a_decoder_for_latents_of_other_encoders(photos: Path, tmp_path: Path) -> None:
+    def run(name: str, iterations: int, **settings: object) -> list[Path]:
+        options = {"iterations": iterations, "crop": 64, "crops": 2, "latents": ["lite"], **settings}
+        return train(photos, tmp_path / name, **options)  # type: ignore[arg-type]
+
+    onnx, manifest = run("whole", 4)
+    assert json.loads(manifest.read_text())["latent_space"] == "sd1"
+    line = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[-1])
+    assert "rate" not in line["losses"]
+    assert "bpp" not in line["0.5"]
+
+    # It begins as lite, learns, and a resumed run gives the same
+    images = [load_decoder_network(name).module(torch.ones(1, 4, 5, 6)) for name in ("lite", str(onnx))]
+    assert 1e-5 < (images[0] - images[1]).abs().max() < 0.1
+    run("broken", 2)
+    assert run("broken", 4)[0].read_bytes() == onnx.read_bytes()
+
+    with pytest.raises(ClricError, match="of more than one space: clric, sd1"):
+        train(photos, tmp_path / "spaces", latents=["lite", "small"])
+    with pytest.raises(ClricError, match="is small and starts from lite"):
+        run("large", 1, decoder="large", start=tmp_path / "whole" / "checkpoint.pt")
+
+
 def test_a_large_decoder_begins_as_the_small_one() -> None:
     torch.manual_seed(0)
     small, large = SmallDecoder(8), SmallDecoder(8, *training.DECODERS["large"])
