@@ -39,6 +39,9 @@ INSTANT = "instant"
 FUNCTIONS = tuple(WITH_NETWORKS)
 LAMBDAS = (4.0, 2.0, 1.0, 0.5, 0.22, 0.1, 0.045)
 
+# Up to so many times its own lambda a set is better than its neighbours (six photos), which are not tried.
+ALONE = 1.25
+
 # Lambda beyond the sets' own: coarser rounding with the coarsest, up to so much, for small files.
 HIGHEST = 400.0
 
@@ -183,10 +186,11 @@ def _of_size(attempt: Callable[..., _Attempt], limit: int) -> tuple[_Attempt, st
 def _attempt(
     latent: np.ndarray, width: int, height: int, metadata: Metadata | None, lmbda: float, chosen: _Set | None = None
 ) -> _Attempt:
-    """With a set of networks, or the better of the two whose lambdas are next to this one."""
+    """With a set of networks, or the best of those whose lambdas are next to this one."""
     architecture = _architecture()
     distances = [abs(math.log(lmbda / own)) for own in LAMBDAS]
-    nearest = [_set(FUNCTIONS[index]) for index in sorted(np.argsort(distances)[:2].tolist())]
+    count = 1 if any(own <= lmbda <= ALONE * own for own in LAMBDAS) else 2
+    nearest = [_set(FUNCTIONS[index]) for index in sorted(np.argsort(distances)[:count].tolist())]
     best: tuple[float, _Set, np.ndarray, float] | None = None
     for candidate in nearest if chosen is None else [chosen]:
         price = lmbda / (width * height) * latent.size
