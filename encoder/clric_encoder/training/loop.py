@@ -147,6 +147,8 @@ def overfit(
     same arguments give the same functions on the same CPU, versions and number of threads.
     """
     everything = range(len(latents))
+    if image is not None:
+        preset = preset.shortened()
 
     def on_latents(numbers: Sequence[int], goals: Sequence[int] | None) -> list[_Trained]:
         """goals: sizes in bytes of these numbers' files."""

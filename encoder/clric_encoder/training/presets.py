@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from clric_decoder.bitstream import Architecture, SynthesisLayer
@@ -54,7 +54,9 @@ class Preset:
     betas: what Adam and SOAP keep of first and second moments from one iteration to the next.
     network_optimizer: that of the networks; grids have Adam.
     stages: of the training on the latent; the first is also what warm-up candidates are trained with.
-    tuning: of the training on the image that follows it.
+    tuning: of the training on the image that may follow it.
+    before_tuning: the share of the iterations of `stages` that are made where it does: the last of them win a percent
+    of the rate, and looks at the image win more in their time.
     """
 
     architecture: Callable[[int], Architecture]
@@ -64,6 +66,12 @@ class Preset:
     warm_up: tuple[WarmUp, ...]
     stages: tuple[Stage, ...]
     tuning: Stage
+    before_tuning: float = 1.0
+
+    def shortened(self) -> Preset:
+        """With the iterations on the latent that are made where tuning follows."""
+        stages = tuple(replace(own, iterations=round(self.before_tuning * own.iterations)) for own in self.stages)
+        return replace(self, stages=stages, before_tuning=1.0)
 
     @property
     def iterations(self) -> int:
@@ -118,7 +126,7 @@ def _tuning(looks: int, steps: int) -> Stage:
     return Stage(looks * steps, "soft", *rates, (0.25, 0.04), (0.22, 0.15), look_every=steps)
 
 
-def _default(iterations: int, looks: int, steps: int) -> Preset:
+def _default(iterations: int, before_tuning: float, looks: int, steps: int) -> Preset:
     return Preset(
         architecture=default_architecture,
         start="principal",
@@ -127,13 +135,14 @@ def _default(iterations: int, looks: int, steps: int) -> Preset:
         warm_up=(),
         stages=(Stage(iterations, "soft", (1.5e-2, 2.5e-4), (0.05, 0.001), (0.25, 0.04), (0.22, 0.15)),),
         tuning=_tuning(looks, steps),
+        before_tuning=before_tuning,
     )
 
 
 PRESETS = {
-    "fast": _default(300, 5, 24),
-    "default": _default(1500, 32, 25),
-    "slow": _default(4000, 130, 20),
+    "fast": _default(300, 1.0, 5, 24),
+    "default": _default(1500, 0.6, 32, 44),
+    "slow": _default(4000, 1.0, 130, 20),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
