@@ -141,7 +141,7 @@ def _default(iterations: int, before_tuning: float, looks: int, steps: int) -> P
 
 PRESETS = {
     "fast": _default(300, 1.0, 5, 24),
-    "default": _default(1500, 0.6, 32, 44),
+    "default": _default(1500, 0.6, 40, 44),
     "slow": _default(4000, 1.0, 130, 20),
     "paper": Preset(
         architecture=paper_architecture,
