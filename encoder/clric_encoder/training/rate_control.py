@@ -30,7 +30,7 @@ class Dynamics:
     exp(start exp(-iteration / start_iterations) + excess exp(-decay position)), position in the stage from 0 to 1.
     first, last: the positions between which lambda moves: before, bits say too little; after, they follow too slowly.
     max_change: how many times its first value lambda may come to, up or down, in one training. dense: bits for each
-    value of the latent above which the excess falls in inverse proportion to them.
+    place of the latent (8 x 8 pixels) above which the excess falls in inverse proportion to them.
     """
 
     elasticity: float
@@ -48,7 +48,7 @@ class Dynamics:
 # Fitted to presets fast and default, and to the training on images of three photos at 0.05 and 0.2 bpp.
 # Grids that are few stay near their start whatever lambda is, and the networks would be all that follows it.
 LATENT = Dynamics(0.55, 0.12, 0.83, 46, 0.15, 4.3, 0.1, 0.7, 8, math.inf)
-IMAGE = Dynamics(0.55, 0.1, 0.0, 1, 0.28, 5.0, 0.03, 0.6, 4, 0.35)
+IMAGE = Dynamics(0.55, 0.1, 0.0, 1, 0.36, 2.5, 0.03, 0.75, 4, 3.0)
 
 # In the few iterations that correct a file's size, lambda has this many times less power, and sometimes much less: it
 # moves twice as far again where a size has not come half of its way, up to this much in its logarithm.
@@ -86,7 +86,7 @@ class RateControl:
     ) -> torch.Tensor:
         """Where to start, (batch,). lmbdas: (batch,), good for the training on images, which starts from functions.
         latents: (batch, C, h, w). pixels: (batch,), of the images."""
-        self._values = latents[0].numel()
+        self._places = latents[0, 0].numel()
         if self._dynamics is IMAGE:
             self._first = lmbdas.clone()
             return lmbdas
@@ -117,7 +117,7 @@ class RateControl:
         if not own.first <= position <= own.last:
             return lambdas
         start = own.start * math.exp(-iteration / own.start_iterations)
-        excess = own.excess * math.exp(-own.decay * position) / (bits / (own.dense * self._values)).clamp_min(1)
+        excess = own.excess * math.exp(-own.decay * position) / (bits / (own.dense * self._places)).clamp_min(1)
         final = bits * torch.exp(-start - excess)
         excess = torch.log((final + 1) / self._grid_goals()[owners]).clamp(-1, 1)
         if self._at_most:
