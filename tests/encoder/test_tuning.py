@@ -275,6 +275,21 @@ def test_a_long_training_is_announced(face: np.ndarray, monkeypatch: pytest.Monk
         encode(face[:32, :32].copy(), vae="lite", preset="quick")
 
 
+def test_a_file_of_a_size_is_as_good_as_one_of_its_lambda(face: np.ndarray) -> None:
+    """Where lambda is steered badly while the function is tuned, the last corrections meet the size at any price."""
+
+    def similarity(data: bytes) -> float:
+        pixels, shown = (
+            torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in (face, decode(data))
+        )
+        return float(ms_ssim(shown, structure(pixels)))
+
+    data = encode(face, vae="lite", lmbda=1.0)
+    same_size = encode(face, vae="lite", size=len(data))
+    assert 0.97 * len(data) <= len(same_size) <= len(data)
+    assert similarity(same_size) > similarity(data) - 0.015
+
+
 def test_taesd_as_the_decoder(shared: Path, face: np.ndarray) -> None:
     """A stream for TAESD, which shows it better than one that was made for its latent alone."""
     small = np.ascontiguousarray(face[:96, :96])
