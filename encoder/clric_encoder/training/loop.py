@@ -36,11 +36,10 @@ CONTROLS = 100  # corrections of lambda in a stage, for a target
 NETWORK_BITS_CHECK_AT = 0.35  # when in a stage the cost of the networks is looked at, for a target
 
 # What brings a file to its target in the end: the grids alone, at rates that move some of them over a rounding boundary
+# (higher ones bring in values that it takes hundreds of iterations to be rid of)
 FINISHING = Stage(20, "soft", (0.0, 0.0), (0.004, 0.0008), (0.06, 0.04), (0.16, 0.15), fixed=True)
 FINISHING_ROUNDS = 10
 BISECTIONS = 10  # between grids that are too small and those that are too large
-# On images, whose targets move, sizes that miss by more are trained at so many times these rates
-FINISHING_MISS, FINISHING_STRONGEST = 0.005, 12.0
 
 # Lambda of the training on images as a multiple of that on latents, and what it leaves of a file, about: more than that
 # at rates above 0.2 bpp. Where a size is missed, all starts again with what it left.
@@ -595,12 +594,9 @@ class _Trainer:
             if not missed or number == FINISHING_ROUNDS:
                 break
             self.lmbdas[missed] = control.last_lambdas(self.lmbdas, current)[missed]
-            miss = control.largest_miss([size if i in missed else sizes[i] for i, size in enumerate(current)])
-            stronger = min(max(1.0, miss / FINISHING_MISS), FINISHING_STRONGEST) if self.distortion.moves else 1.0
-            rates = stage.grid_rate[0] * stronger, stage.grid_rate[1] * stronger
             picked = state.pick(missed)
             picked.grid_optimizer = Adam(picked.packed, self.preset.betas)
-            self.train(picked, replace(stage, grid_rate=rates), "rate control", stage.iterations)
+            self.train(picked, stage, "rate control", stage.iterations)
             state.packed[missed] = picked.packed
         state.packed = kept
         return first

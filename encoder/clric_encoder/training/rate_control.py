@@ -146,10 +146,6 @@ class RateControl:
         starts = self._starts[indices] * ratios.clamp(0.5, 2).to(self._starts)
         return RateControl(self._sizes[indices].tolist(), self._dynamics, others, starts)
 
-    def largest_miss(self, sizes: Sequence[int]) -> float:
-        """The largest distance of the logarithm of a size in bytes from what is aimed at."""
-        return float(np.abs(np.log(np.array(sizes) / (GOAL * self._sizes))).max())
-
     def missed(self, sizes: Sequence[int], lambdas: torch.Tensor) -> list[int]:
         """The numbers of the functions whose files (sizes in bytes) miss their targets while lambda can still move."""
         shares = np.array(sizes) / self._sizes
