@@ -188,12 +188,12 @@ class ImageDistortion:
     def seconds(self) -> float:
         """What a look at all images takes on this machine, about: by a part, decoded forward and twice that back."""
         tile, latent = self._part
-        took = 0.0
+        took = math.inf
         with torch.no_grad():
             for _ in range(1 if self._decoder.halo is None else 2):  # the first time includes what is done once
                 begin = _now(latent.device)
                 self._loss([tile], latent)
-                took = _now(latent.device) - begin
+                took = min(took, _now(latent.device) - begin)  # the other was held up, maybe by another process
         pixels = sum(tile.pixels.numel() for tiles in self._tiles for tile in tiles)
         return 3 * took * pixels / tile.pixels.numel()
 
