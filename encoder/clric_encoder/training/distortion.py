@@ -193,7 +193,7 @@ class ImageDistortion:
             for _ in range(1 if self._decoder.halo is None else 2):  # the first time includes what is done once
                 begin = _now(latent.device)
                 self._loss([tile], latent)
-                took = min(took, _now(latent.device) - begin)  # the other was held up, maybe by another process
+                took = min(took, _now(latent.device) - begin)  # others may hold one of them up
         pixels = sum(tile.pixels.numel() for tiles in self._tiles for tile in tiles)
         return 3 * took * pixels / tile.pixels.numel()
 

@@ -126,7 +126,7 @@ def _tuning(looks: int, steps: int) -> Stage:
     return Stage(looks * steps, "soft", *rates, (0.25, 0.04), (0.22, 0.15), look_every=steps)
 
 
-def _default(iterations: int, before_tuning: float, looks: int, steps: int) -> Preset:
+def _default(iterations: int, looks: int, steps: int, before_tuning: float = 1.0) -> Preset:
     return Preset(
         architecture=default_architecture,
         start="principal",
@@ -140,9 +140,9 @@ def _default(iterations: int, before_tuning: float, looks: int, steps: int) -> P
 
 
 PRESETS = {
-    "fast": _default(300, 1.0, 5, 24),
-    "default": _default(1500, 0.6, 40, 44),
-    "slow": _default(4000, 1.0, 130, 20),
+    "fast": _default(300, 5, 24),
+    "default": _default(1500, 40, 44, before_tuning=0.6),
+    "slow": _default(4000, 130, 20),
     "paper": Preset(
         architecture=paper_architecture,
         start="random",
