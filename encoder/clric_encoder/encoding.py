@@ -213,6 +213,7 @@ def encode_latents(
 
     distortion = None
     if tuning is not None:
+        schedule = schedule.through(tuning.decoder.name)
         on_device = torch.from_numpy(latents).to(device)
         distortion = ImageDistortion(images, on_device, tuning.decoder, tuning.perceptual)
         seconds = distortion.seconds() * schedule.tuning.looks
