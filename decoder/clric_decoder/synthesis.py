@@ -16,6 +16,8 @@ from .networks import Parameters
 
 TILE_VALUES = 1 << 17  # of the widest layer, synthesised at once
 
+_NOT_FINITE = "the latent is not finite; the file was made by a faulty encoder"
+
 
 def synthesize(grids: list[np.ndarray], networks: list[Parameters], architecture: Architecture) -> np.ndarray:
     """The latent (channels, height, width) float32 of integer grids, each (channels, height, width), finest first.
@@ -46,7 +48,7 @@ def synthesize(grids: list[np.ndarray], networks: list[Parameters], architecture
             with np.errstate(over="ignore", invalid="ignore"):
                 tile = _layers(stack, weights, biases, layers)[:, above : above + rows, before : before + columns]
             if not np.isfinite(tile).all():
-                raise StreamError("payload", "the latent is not finite; the file was made by a faulty encoder")
+                raise StreamError("payload", _NOT_FINITE)
             latent[:, top : top + rows, left : left + columns] = tile
     return latent
 
@@ -106,6 +108,8 @@ def _layers(
         if layer.residual:
             outputs += inputs[-layer.residual]
         if layer.relu:
+            if not np.isfinite(outputs.min()):
+                raise StreamError("payload", _NOT_FINITE)  # which ReLU would hide
             np.maximum(outputs, 0, out=outputs)
         inputs = [*inputs[-2:], outputs]  # a residual reaches back three layers
     return inputs[-1]

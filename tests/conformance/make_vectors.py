@@ -245,6 +245,7 @@ CASES = [
         function=9,
         stored_networks=bytes(20),  # zeros, which would decode to other networks were they read
     ),
+    Case("function-10-skipped", space="clric", architecture=INSTANT, function=10, stored_networks=b"\xff" * 20),
     Case("function-11-blank", 128, 128, "clric", INSTANT, function=11, edit=_all_zero),
     Case("function-8-described", space="clric", architecture=INSTANT, function=0),
     Case("image-decoder-sd1-1", image_decoder=1),
@@ -484,6 +485,31 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         )
         return container(deep, encode_networks(huge), [finest])
 
+    def overflow_before_relu() -> bytes:
+        """ReLU(-a + 3 c) with a just over the largest single-precision number and c just below it: some 6.8e38, where
+        infinity in the place of a would give 0."""
+        layers = (*(SynthesisLayer(8),) * 6, SynthesisLayer(4), SynthesisLayer(1, relu=True))
+        architecture = replace(ONE_LEVEL, channels=(2,), synthesis=layers)
+        case = Case("overflow", 8, 8, "custom-0011223344556677", architecture)
+        of_a, of_c, gain, last_gain = slice(0, 4), slice(4, 8), 32767, 4094
+        huge = []
+        for group in parameter_groups(architecture):
+            integers = np.zeros(group.shape, np.int32)
+            if group.name == "synthesis.weight0":
+                integers[of_a, 0] = integers[of_c, 1] = gain
+            elif group.name == "synthesis.weight6":
+                integers[0, of_a] = integers[1:, of_c] = last_gain
+            elif group.name == "synthesis.weight7":
+                integers[0, :, 0, 0] = -1, 1, 1, 1
+            elif group.name.startswith("synthesis.weight"):
+                integers[of_a, of_a] = integers[of_c, of_c] = gain
+            huge.append(Parameters(group, 0, integers))
+        below = int(np.finfo(np.float32).max) // (gain * (4 * gain) ** 5 * 4 * last_gain)
+        grids = np.array([below + 1, below], np.int32).reshape(2, 1, 1)
+        return container(
+            case, encode_networks(huge), [encode_level(grids, build_arms(huge, architecture)[0], architecture)]
+        )
+
     no_finest = make_valid(Case("no-finest", 24, 16, architecture=replace(DEFAULT, channels=(0, 1)))).data
     custom = make_valid(Case("custom", 8, 8, "custom-0011223344556677", with_synthesis(ONE_LEVEL, 3))).data
     paper = make_valid(Case("paper", 24, 16, architecture=registered_architecture(2))).data
@@ -608,6 +634,7 @@ def make_invalid() -> dict[str, tuple[str, bytes]]:
         "payload-value-minus-32768": ("payload", with_segments(finest=level(-32768))),
         "payload-latent-infinite": ("payload", not_finite(1)),
         "payload-latent-infinite-negative": ("payload", not_finite(-1)),
+        "payload-overflow-before-relu": ("payload", overflow_before_relu()),
     }
 
 

@@ -7,6 +7,8 @@ import { levelSize } from "./grids.js";
 /** Values that a strip of one layer holds at most, about; it bounds the memory beside the stack and the latent. */
 const STRIP_VALUES = 1 << 18;
 
+const NOT_FINITE = "the latent is not finite";
+
 /** All grids at the latent's size: Float32Array, channels of level 0 first. */
 export function upsample(header, architecture, networks, grids) {
   let level = grids.length - 1;
@@ -82,7 +84,10 @@ export function synthesize(header, architecture, networks, stack) {
       if (layer.residual >= 0) add(inputs[n - layer.residual], output, layer.outputs, width);
       if (layer.relu) {
         const { values } = output;
-        for (let i = 0; i < values.length; i++) if (values[i] < 0) values[i] = 0;
+        for (let i = 0; i < values.length; i++) {
+          if (values[i] === -Infinity) fail("payload", NOT_FINITE); // which ReLU would hide
+          if (values[i] < 0) values[i] = 0;
+        }
       }
       input = output;
     });
@@ -92,7 +97,7 @@ export function synthesize(header, architecture, networks, stack) {
     }
   }
   for (const value of latent) {
-    if (!Number.isFinite(value)) fail("payload", "the latent is not finite");
+    if (!Number.isFinite(value)) fail("payload", NOT_FINITE);
   }
   return latent;
 }
