@@ -23,14 +23,49 @@ async function importOrt() {
   }
 }
 
-/** What `decodeImage` gives, computed in a worker. Errors are ClricError. */
-export function decodeAside(bytes, options = {}) {
+/**
+ * What `decodeImage` gives, computed in a worker. Errors are ClricError. `signal`, an AbortSignal, ends it, with its
+ * reason; not where this thread decodes.
+ */
+export function decodeAside(data, { decoder, ort, maxPixels } = {}, signal) {
+  const options = { decoder: located(decoder), ort: ort && absolute(ort), maxPixels };
+  // Copied now: the caller may change or transfer the buffer while the task waits.
+  const bytes = new Uint8Array(data);
   // onnxruntime-web as a module of the page's bundle is only to be had in the page's own thread.
-  if (!canWork || (options.decoder && !options.ort)) return decodeImage(bytes, options, importOrt);
+  if (!canWork || (decoder && !ort)) return decodeImage(bytes, options, importOrt);
   return new Promise((resolve, reject) => {
-    waiting.push({ bytes, options, resolve, reject });
+    const task = { bytes, options, resolve, reject };
+    signal?.addEventListener("abort", () => drop(task, signal.reason), { once: true });
+    waiting.push(task);
     dispatch();
   });
+}
+
+/** An image decoder with its address as the page means it: a worker has an address of its own. */
+function located(decoder) {
+  if (typeof decoder !== "object" || !decoder) return decoder && absolute(decoder);
+  return { url: absolute(decoder.url), space: decoder.space, halo: decoder.halo };
+}
+
+function absolute(url) {
+  try {
+    return new URL(url, globalThis.document?.baseURI).href;
+  } catch {
+    return fail("model", `${url} is not an address`);
+  }
+}
+
+/** Ends a task whose result nobody waits for any more. */
+function drop(task, reason) {
+  const worker = workers.find((one) => one.task === task);
+  if (worker) {
+    worker.port.terminate();
+    workers.splice(workers.indexOf(worker), 1);
+  } else if (waiting.includes(task)) {
+    waiting.splice(waiting.indexOf(task), 1);
+  }
+  task.reject(reason);
+  dispatch();
 }
 
 function dispatch() {
@@ -42,9 +77,8 @@ function dispatch() {
       if (!worker) return;
     }
     worker.task = waiting.shift();
-    // A copy: a view would be sent with all of the buffer it lies in, and the task may have to be decoded here after all.
-    const bytes = new Uint8Array(worker.task.bytes);
-    worker.port.postMessage({ id: 0, bytes, options: worker.task.options }, [bytes.buffer]);
+    const { bytes, options } = worker.task; // not transferred: the task may have to be decoded here after all
+    worker.port.postMessage({ id: 0, bytes, options });
   }
 }
 
@@ -86,7 +120,7 @@ function start() {
 
 /** Browsers start workers of the page's own origin only; a package on another one is imported by a small script. */
 function makeWorker() {
-  const url = new URL("./worker.js", import.meta.url);
+  const url = new URL(/* @vite-ignore */ "./worker.js", import.meta.url); // which it would make a data: URL of
   if (url.origin === location.origin) {
     // Bundlers know a worker by these very words.
     return new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
@@ -96,6 +130,7 @@ function makeWorker() {
 }
 
 function withoutWorkers() {
+  if (canWork) console.warn("clric: no worker starts here; images are decoded in the page's own thread");
   canWork = false;
   for (const { bytes, options, resolve, reject } of waiting.splice(0)) {
     decodeImage(bytes, options, importOrt).then(resolve, reject);

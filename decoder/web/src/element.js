@@ -9,10 +9,13 @@ import { decodeAside } from "./client.js";
 import { fetchStream } from "./fetch.js";
 import { stopWaiting, whenNear } from "./lazy.js";
 
+/** Properties that reflect attributes: text, URLs and numbers. */
+const REFLECTED = ["alt", "loading", "src", "decoder", "ort", "width", "height"];
+
 const LAYOUT = `
   :host { display: inline-block; max-width: 100%; vertical-align: bottom; overflow: hidden }
   :host([hidden]) { display: none }
-  canvas { display: block; width: 100%; height: 100%; object-fit: inherit }
+  canvas { display: block; width: 100%; height: 100%; object-fit: inherit; object-position: inherit }
 `;
 
 // Where a page is rendered on a server there are no elements; the import must not fail there.
@@ -62,6 +65,12 @@ class ClricImage extends (globalThis.HTMLElement ?? Object) {
   }
 
   connectedCallback() {
+    for (const name of REFLECTED) {
+      if (!Object.hasOwn(this, name)) continue; // set before this script had come
+      const value = this[name];
+      delete this[name];
+      this[name] = value;
+    }
     this.#plan();
   }
 
@@ -113,7 +122,7 @@ class ClricImage extends (globalThis.HTMLElement ?? Object) {
       const bytes = await fetchStream(src, load.signal, (header) => {
         if (!this.timings) this.#setSize(header);
       });
-      const image = await decodeAside(bytes, { decoder, ort });
+      const image = await decodeAside(bytes, { decoder, ort }, load.signal);
       if (this.#load !== load) return;
       this.#setSize(image);
       this.#canvas.width = image.width;
@@ -170,8 +179,7 @@ class ClricImage extends (globalThis.HTMLElement ?? Object) {
   }
 }
 
-/** Properties that reflect attributes: text, URLs and numbers. */
-for (const name of ["alt", "loading", "src", "decoder", "ort", "width", "height"]) {
+for (const name of REFLECTED) {
   const isUrl = ["src", "decoder", "ort"].includes(name);
   const isNumber = ["width", "height"].includes(name);
   Object.defineProperty(ClricImage.prototype, name, {

@@ -38,11 +38,14 @@ async function readBody(response, onHeader) {
     bytes = longer;
     if (!waiting) continue;
     try {
-      onHeader(readHeader(bytes, { partial: true }));
+      const header = readHeader(bytes, { partial: true });
       waiting = false;
+      onHeader(header);
     } catch (error) {
-      // A header that goes on in the next chunk; any other fault ends the download.
-      if (error.code === "truncated") continue;
+      if (error.code === "truncated") continue; // the header goes on in the next chunk
+      waiting = false;
+      // Of other faults the checksum is told first, which comes last; but this is no clric image, or of another version
+      if (error.code !== "magic" && error.code !== "version") continue;
       reader.cancel().catch(() => {});
       throw error;
     }

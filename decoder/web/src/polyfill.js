@@ -10,9 +10,18 @@ import { decodeAside } from "./client.js";
 import { fetchStream } from "./fetch.js";
 import { stopWaiting, whenNear } from "./lazy.js";
 
-const ADDRESS = /\.clric(?=$|[?#])/i;
 /** <img> -> its address, its download, whether all of it has ended, and the URL of the blob that it shows. */
 const states = new WeakMap();
+
+/** Whether an <img> shows the address of a clric image, and no candidates that the browser chooses from. */
+function isOurs(img) {
+  if (img.srcset || img.parentElement?.tagName === "PICTURE") return false;
+  try {
+    return /\.clric$/i.test(new URL(img.src).pathname);
+  } catch {
+    return false; // no address
+  }
+}
 
 /** Takes an <img> whose `src` is the address of a clric image; decodes it now, or when it is near with loading="lazy". */
 function take(img) {
@@ -41,7 +50,7 @@ async function show(img, state) {
       put(img, state, new Blob([svg], { type: "image/svg+xml" }));
       placeholder = new Promise((resolve) => (state.onEvent = resolve));
     });
-    const image = await decodeAside(bytes);
+    const image = await decodeAside(bytes, {}, state.download.signal);
     await placeholder; // its event must not be taken for the image's
     if (state.download.signal.aborted) return;
     state.ended = true;
@@ -111,7 +120,7 @@ function hide(event) {
   const img = event.target;
   if (!(img instanceof HTMLImageElement) || !event.isTrusted) return;
   const state = states.get(img);
-  if (!ADDRESS.test(img.src) && state?.ended !== false) return;
+  if (!isOurs(img) && state?.ended !== false) return;
   event.stopImmediatePropagation();
   if (img.src === state?.url) state.onEvent();
 }
@@ -123,6 +132,10 @@ function images(node) {
 
 function onAdded(img) {
   const state = states.get(img);
+  if (!state && img.dataset.clricSrc && img.src.startsWith("blob:")) {
+    img.src = img.dataset.clricSrc; // a copy of one that was taken, whose blob may be gone
+    return;
+  }
   if (img.src !== (state?.url ?? state?.address)) onSource(img); // new, or changed while it was not in the document
   else if (state.download.signal.aborted && !state.ended) img.src = img.dataset.clricSrc; // starts again
 }
@@ -134,7 +147,7 @@ function onRemoved(img) {
 function onSource(img) {
   const state = states.get(img);
   if (state?.putBack) state.putBack = false;
-  else if (ADDRESS.test(img.src)) take(img);
+  else if (isOurs(img)) take(img);
   else if (state && img.src !== state.url) forget(img);
 }
 

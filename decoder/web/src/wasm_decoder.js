@@ -47,6 +47,7 @@ class WasmDecoder {
       new Int32Array(exports.memory.buffer, layer.at).set(fields);
       exports.prepare(layer.at, raw, layer.bytes);
     }
+    if (at !== weights.length) throw new Error(`its weights have ${weights.length} bytes, not ${at}`);
   }
 
   /** Sixteen-byte aligned memory. */
@@ -59,7 +60,12 @@ class WasmDecoder {
 
   reserve(end) {
     const missing = end - this.exports.memory.buffer.byteLength;
-    if (missing > 0) this.exports.memory.grow(Math.ceil(missing / 65536));
+    if (missing <= 0) return;
+    try {
+      this.exports.memory.grow(Math.ceil(missing / 65536));
+    } catch (error) {
+      throw new ClricError("model", `the image decoder has not enough memory (${error.message})`);
+    }
   }
 
   /** Paints `latent` ({data, channels, height, width}) into an RGBA image of width x height pixels. */
@@ -97,11 +103,15 @@ class WasmDecoder {
       if (!layer.image) largestTensor = Math.max(largestTensor, positions * layer.outputs);
       if (layer.shuffle) positions *= 4;
     }
-    let source = this.allocate(bytes * largestTensor);
-    let target = this.allocate(bytes * largestTensor);
-    const scratch = this.allocate(scratchBytes);
-    const image = this.allocate(bytes * positions);
-    this.free = start;
+    let source, target, scratch, image;
+    try {
+      source = this.allocate(bytes * largestTensor);
+      target = this.allocate(bytes * largestTensor);
+      scratch = this.allocate(scratchBytes);
+      image = this.allocate(bytes * positions);
+    } finally {
+      this.free = start;
+    }
 
     let largest = this.loadTile(latent, tile, source);
     for (const layer of layers) {

@@ -110,6 +110,52 @@ test("a worker gets a view's bytes, not the buffer that they lie in, which stays
     assert.deepEqual(result, { width: 131, sent: true, kept: true });
   }));
 
+test("a caller may transfer a buffer at once, and an option that workers do not know stops nothing", { skip }, () =>
+  withPage("/empty", async (page) => {
+    const widths = await page.evaluate(async (photo) => {
+      const { decode } = await import("/package/src/index.js");
+      const file = await (await fetch(photo)).arrayBuffer();
+      const widths = Array.from({ length: 9 }, async () => {
+        const own = file.slice();
+        const image = decode(own, { signal: new AbortController().signal });
+        structuredClone(own, { transfer: [own] });
+        return (await image).width;
+      });
+      return Promise.all(widths);
+    }, PHOTO_SD1);
+    assert.deepEqual(widths, Array(9).fill(131));
+  }));
+
+test("addresses of decoders are relative to the page", { skip }, () =>
+  withPage("/empty", async (page) => {
+    const width = await page.evaluate(async ([photo, ort]) => {
+      const { decode } = await import("/package/src/index.js");
+      const bytes = await (await fetch(photo)).arrayBuffer();
+      return (await decode(bytes, { decoder: "shipped/lite.onnx", ort: ort.slice(1) })).width;
+    }, [USUAL_SD1, ORT]);
+    assert.equal(width, 40);
+  }));
+
+test("decoding that nobody waits for any more ends, and later images are decoded", { skip }, () =>
+  withPage("/empty", async (page) => {
+    const result = await page.evaluate(async (photo) => {
+      const { decodeAside } = await import("/package/src/client.js");
+      const bytes = new Uint8Array(await (await fetch(photo)).arrayBuffer());
+      let ended = 0;
+      const { terminate } = Worker.prototype;
+      Worker.prototype.terminate = function () {
+        ended++;
+        return terminate.call(this);
+      };
+      const controllers = Array.from({ length: 6 }, () => new AbortController());
+      const tasks = controllers.map(({ signal }) => decodeAside(bytes, {}, signal).catch((error) => error.name));
+      for (const controller of controllers) controller.abort();
+      const { width } = await decodeAside(bytes);
+      return { names: await Promise.all(tasks), ended: ended > 0, width };
+    }, PHOTO_SD1);
+    assert.deepEqual(result, { names: Array(6).fill("AbortError"), ended: true, width: 131 });
+  }));
+
 test("tiles of a large image meet without a seam", { skip }, () =>
   withPage("/empty", async (page) => {
     const largest = await page.evaluate(async () => {
@@ -197,6 +243,19 @@ test("the element fires load and error, follows src, and uses the browser's cach
     const asked = (path) => server.requests.filter((one) => one === path).length;
     assert.ok(asked("/package/src/image_decoder.wasm") > 0);
   }, { expected: /404/ }));
+
+test("properties that were set before the script had come count", { skip }, () =>
+  withPage("/empty", async (page) => {
+    const width = await page.evaluate(async (photo) => {
+      const element = document.body.appendChild(document.createElement("clric-image"));
+      element.src = photo;
+      const loaded = new Promise((resolve) => element.addEventListener("load", resolve));
+      await import("/package/src/element.js");
+      await loaded;
+      return element.naturalWidth;
+    }, PHOTO_SD1);
+    assert.equal(width, 131);
+  }));
 
 test("the element has no size before one is known, and after an error its alt text", { skip }, () =>
   withPage("/empty", async (page) => {
@@ -349,6 +408,26 @@ test("the polyfill waits with loading=lazy, and finds addresses in capitals", { 
     await page.evaluate(() => low.scrollIntoView());
     await page.waitForFunction(() => low.complete && low.src.startsWith("blob:") && low.naturalWidth > 0);
   }));
+
+test("the polyfill shows copies of images that are gone, and leaves those of others alone", { skip }, () =>
+  withPage("/polyfill", async (page) => {
+    await page.waitForFunction(() => first.naturalWidth === 131 && first.complete);
+    const result = await page.evaluate(async () => {
+      const copy = first.cloneNode();
+      first.remove();
+      await new Promise((resolve) => setTimeout(resolve, 50));
+      const loaded = new Promise((resolve) => copy.addEventListener("load", resolve));
+      document.body.append(copy);
+      await loaded;
+      const other = new Image();
+      const failed = new Promise((resolve) => other.addEventListener("error", resolve));
+      other.src = "/nothing.png?next=photo.clric";
+      document.body.append(other);
+      await failed;
+      return { width: copy.naturalWidth, taken: "clricSrc" in other.dataset };
+    });
+    assert.deepEqual(result, { width: 131, taken: false });
+  }, { expected: /404/ }));
 
 test("the polyfill shows alt after an error, and keeps no blob that nobody needs", { skip }, () =>
   withPage("/polyfill", async (page) => {

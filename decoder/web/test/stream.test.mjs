@@ -7,6 +7,7 @@ import { test } from "node:test";
 import { table } from "../src/entropy.js";
 import { fetchStream } from "../src/fetch.js";
 import { decodeLatent, readHeader } from "../src/latent.js";
+import { makeWasmDecoder } from "../src/wasm_decoder.js";
 import { bigEndian, runSuite, sha256 } from "./suite.js";
 
 const repository = new URL("../../../", import.meta.url);
@@ -62,6 +63,25 @@ test("a file that is not clric is not downloaded to its end", async (context) =>
   context.mock.method(globalThis, "fetch", async () => new Response(body));
   await assert.rejects(fetchStream("photo.clric", undefined, () => {}), { code: "magic" });
   assert.ok(cancelled);
+});
+
+test("the checksum of a download is told before what its header says, as the specification wants", async (context) => {
+  const damaged = Uint8Array.from(sample);
+  damaged[4] ^= 8; // a latent space that is not known
+  const chunks = [damaged.subarray(0, 20), damaged.subarray(20)];
+  const body = new ReadableStream({
+    pull: (controller) => (chunks.length ? controller.enqueue(chunks.shift()) : controller.close()),
+  });
+  context.mock.method(globalThis, "fetch", async () => new Response(body));
+  const bytes = await fetchStream("photo.clric", undefined, () => assert.fail("it has no header to tell"));
+  assert.throws(() => decodeLatent(bytes), { code: "checksum" });
+});
+
+test("weights that are cut are refused", async () => {
+  const wasm = readFileSync(new URL("../src/image_decoder.wasm", import.meta.url));
+  const weights = new Uint8Array(readFileSync(new URL("../weights/small.bin", import.meta.url)));
+  assert.equal((await makeWasmDecoder(wasm, weights)).space, "clric");
+  await assert.rejects(makeWasmDecoder(wasm, weights.slice(0, -1000)), /its weights have/);
 });
 
 test("pages rendered on a server can import the element and the polyfill", async () => {
