@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from clric_decoder.bitstream import Header, read_header
 from clric_decoder.errors import ClricError
 from clric_decoder.image import read_image
 from clric_decoder.latent import decode_latent
@@ -38,6 +39,25 @@ def list_photos(folder: Path) -> list[Path]:
     return [Path(file) for file in list_inputs([str(folder)], IMAGE_SUFFIXES)]
 
 
+def read_streams(folder: Path, photo: Path, channels: int, space: str | None) -> Iterator[tuple[Path, Header, Tensor]]:
+    """The streams of a photo in a folder or one folder down, each named as the photo with the suffix .clric.
+
+    Gives their paths, headers and latents [C, h, w] float32. channels, space: what the latents must be of; any space
+    for None. Raises ClricError, with the stream's path, for one of others and for one that cannot be read.
+    """
+    name = f"{photo.stem}.clric"
+    for path in sorted([*folder.glob(name), *folder.glob(f"*/{name}")]):
+        try:
+            data = path.read_bytes()
+            header, latent = read_header(data), torch.from_numpy(decode_latent(data))
+        except ClricError as error:
+            raise ClricError(f"{path}: {error}") from error
+        if space not in (None, header.space) or len(latent) != channels:
+            wanted = f"{channels} channels" if space is None else f"the latent space {space}"
+            raise ClricError(f"{path} has the latent space {header.space} of {len(latent)} channels, not {wanted}")
+        yield path, header, latent
+
+
 class Crops:
     """Augmented crops of the photos of a folder, and crops of their streams.
 
@@ -45,11 +65,19 @@ class Crops:
     held_out_coded: of those that are.
     """
 
-    def __init__(self, folder: Path, side: int, seed: int, streams: Path | None = None) -> None:
-        """side: of the crops, in pixels. seed: decides which photos are held out. streams: a folder of streams of the
-        photos, in it or one folder down, each named as its photo with the suffix .clric.
+    def __init__(
+        self,
+        folder: Path,
+        side: int,
+        seed: int,
+        streams: Path | None = None,
+        channels: int = 0,
+        space: str | None = None,
+    ) -> None:
+        """side: of the crops, in pixels. seed: decides which photos are held out. streams, channels, space: see
+        `read_streams`.
 
-        Raises ClricError where too few photos of at least this size are there, and for a stream that cannot be read.
+        Raises ClricError where too few photos of at least this size are there, and as `read_streams` does.
         """
         self.side = side
         self.images: list[np.ndarray] = []
@@ -62,10 +90,8 @@ class Crops:
                 continue
             if streams is not None:
                 coded = self.coded if len(self.images) >= HELD_OUT else self.held_out_coded
-                name = f"{files[i].stem}.clric"
-                for path in sorted([*streams.glob(name), *streams.glob(f"*/{name}")]):
-                    latent = torch.from_numpy(decode_latent(path.read_bytes()))
-                    if latent.shape[1:] != tuple(-(-length // 8) for length in image.shape[:2]):
+                for path, header, latent in read_streams(streams, files[i], channels, space):
+                    if (header.height, header.width) != image.shape[:2]:
                         raise ClricError(f"{path} is not a stream of {files[i]}")
                     coded.append((len(self.images), latent))
             self.images.append(image)

@@ -22,10 +22,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from clric_decoder.bitstream import read_header
 from clric_decoder.errors import ClricError, ModelError, brief
 from clric_decoder.image import read_image
-from clric_decoder.latent import decode_latent
 from clric_encoder.networks import (
     SmallDecoder,
     lite_encoder,
@@ -37,7 +35,7 @@ from clric_encoder.training.distortion import flat_areas, flatness_loss, ms_ssim
 from PIL import Image
 from torch import Tensor, nn
 
-from .crops import list_photos
+from .crops import list_photos, read_streams
 from .losses import Lpips
 from .muon import Muon
 from .onnx import write_network
@@ -131,7 +129,7 @@ def distill(
         _load_start(decoder, start, folder, "decoder")
         _load_start(encoder, start, folder, "encoder")
 
-    data = Photos(photos, source.name, encode, decode, folder / "latents", streams, seed)
+    data = Photos(photos, source.name, encode, decode, folder / "latents", streams, source.space, seed)
     report(f"{len(data.images)} photos ({sum(len(latents) - 1 for latents in data.latents)} with streams)")
     name = "lite" if source.space == "sd1" else f"lite-{source.space}"
 
@@ -172,13 +170,14 @@ class Photos:
         decode: Callable[[np.ndarray], np.ndarray],
         cache: Path,
         streams: Path | None,
+        space: str,
         seed: int,
     ) -> None:
         """encode: H x W x 3 uint8 -> C x h x w float32, called for photos whose latent is not in ``cache`` yet.
 
         decode: C x h x w float32 -> 8h x 8w x 3 uint8, called for the teacher's latents whose image is not there yet.
-        streams: a folder with encodings of the photos by clric-enc, in it or one folder down, each named as its
-        photo with the suffix .clric.
+        streams: a folder with encodings of the photos by clric-enc (`read_streams`), those of other sizes left out; of
+        the latent space ``space``.
         """
         cache.mkdir(parents=True, exist_ok=True)
         self.images: list[Tensor] = []
@@ -193,11 +192,9 @@ class Photos:
             latent, taught = _cached_teaching(file, image, teacher, encode, decode, cache)
             latents = [latent]
             if streams is not None:
-                for path in sorted([*streams.glob(f"{file.stem}.clric"), *streams.glob(f"*/{file.stem}.clric")]):
-                    data = path.read_bytes()
-                    header = read_header(data)
+                for _, header, coded in read_streams(streams, file, len(latent), space):
                     if (header.height, header.width) == image.shape[:2]:
-                        latents.append(decode_latent(data).astype(np.float16))
+                        latents.append(coded.half().numpy())
             self.images.append(torch.from_numpy(np.array(image)))
             self.taught.append(torch.from_numpy(taught))
             self.latents.append([torch.from_numpy(latent) for latent in latents])

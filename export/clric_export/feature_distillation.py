@@ -17,12 +17,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from clric_decoder.cpus import available_cpus
+from clric_decoder.errors import ClricError
+from clric_decoder.files import write_output
 from clric_encoder.autoencoder import fast_dtype
 from clric_encoder.training.distortion import ms_ssim, structure
 from clric_encoder.training.features import FeatureNetwork, LpipsVgg, PerceptualDistance, Reference, load_features
@@ -113,11 +116,18 @@ def distill_features(
     OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_settings(
+        folder / "settings.json",
+        {"photos": str(photos), "lpips": str(vgg), "streams": str(streams), "start": str(start), "seed": seed}
+        | {"rounds": rounds, "pool": pool_size, "iterations": iterations, "crops": crops},
+    )
     # Half of an iteration is the decoder's, and gradients through it bear the rounding of bfloat16
     decoder = copy.deepcopy(decoder).to(device=device, dtype=fast_dtype(device))
     encoder = copy.deepcopy(encoder).to(device)
     teacher = LpipsVgg(vgg, torch.bfloat16).to(device)
-    maker = _PoolMaker(Crops(photos, CROP, seed, streams), teacher, encoder, decoder, torch.device(device))
+    with torch.inference_mode():
+        channels = encoder(torch.zeros(1, 3, CROP, CROP, device=device)).shape[1]
+    maker = _PoolMaker(Crops(photos, CROP, seed, streams, channels), teacher, encoder, decoder, torch.device(device))
 
     def pool(name: str, student: FeatureNetwork | None, number: int, size: int, held_out: bool = False) -> Pool:
         def make() -> dict[str, Tensor]:
@@ -147,6 +157,14 @@ def distill_features(
     result = folder / "features.safetensors"
     _write({name: tensor.half() for name, tensor in student.state_dict().items()}, result)
     return result
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Keeps what a run is made with beside what it makes. Raises ClricError where that was made with something else."""
+    if not file.exists():
+        write_output(file, f"{json.dumps(settings)}\n".encode())
+    elif json.loads(file.read_text()) != settings:
+        raise ClricError(f"{file.parent} contains a run with different settings; choose another folder")
 
 
 def _saved(place: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

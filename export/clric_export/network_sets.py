@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from clric_decoder.bitstream import Architecture, registered_architecture
+from clric_decoder.errors import ClricError
 from clric_decoder.image import read_image
 from clric_decoder.networks import Parameters, encode_networks
 from clric_encoder.autoencoder import load_encoder
-from clric_encoder.instant import FUNCTIONS, LAMBDAS, make_set, round_by_rate
+from clric_encoder.instant import FUNCTIONS, LAMBDAS, SPACE, make_set, round_by_rate
 from clric_encoder.model.backends import backend_for
 from clric_encoder.model.function import Packing, Synthesis, grid_bits
 from clric_encoder.model.grid_layout import GridLayout
@@ -50,6 +51,9 @@ def train_network_sets(
     Raises ClricError and OSError.
     """
     encoder = load_encoder(vae)
+    architecture = registered_architecture(FUNCTIONS[0])
+    if encoder.space != SPACE:
+        raise ClricError(f"the networks of preset instant are for the latent space {SPACE}, not for {encoder.space}")
     latents = []
     for file in list_photos(photos):
         image = Image.fromarray(read_image(file).pixels)
@@ -57,7 +61,8 @@ def train_network_sets(
         latent = torch.from_numpy(encoder.encode(np.asarray(image)))
         if min(latent.shape[1:]) >= CROP:
             latents.append(latent)
-    architecture = registered_architecture(FUNCTIONS[0])
+    if not latents:
+        raise ClricError(f"{photos} contains no photos with sides of at least {8 * CROP} pixels")
     segments = []
     for lmbda in LAMBDAS:
         training = _Training(latents, architecture, lmbda, seed)

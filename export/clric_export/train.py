@@ -162,7 +162,7 @@ def train(
     checkpoint of another run, whose weights to begin with; those of `lite` without. decoder: "small", or "large" for a
     larger decoder of the latents of `start`, whose encoder and prior stay as they are. latents: autoencoders of one
     space, for whose latents a decoder alone is trained, batches being of each in turn; `channels` is then that of their
-    space, and so is `space` where it is None. device: cpu or cuda. report: called with lines about the progress.
+    space, and so is `space`. device: cpu or cuda. report: called with lines about the progress.
 
     Gives the paths of the decoder and, unless it is for `latents`, of the encoder (ONNX, the weights stored in int8)
     and of their manifests.
@@ -178,14 +178,19 @@ def train(
         spaces = {encoder.space for encoder in encoders}
         if len(spaces) > 1:
             raise ClricError(f"the latents are of more than one space: {', '.join(sorted(spaces))}")
-        space, channels = space or encoders[0].space, encoders[0].channels
+        if space not in (None, *spaces):
+            raise ClricError(f"the latents are of the space {encoders[0].space}, not {space}")
+        space, channels = encoders[0].space, encoders[0].channels
     settings = Settings(channels, seed, crop, crops, learning_rate, decoder, tuple(latents))
     others = [encoder.module for encoder in encoders]
-    run = _Run(settings, Crops(photos, crop, seed, streams), lpips, torch.device(device), others)
+    data = Crops(photos, crop, seed, streams, channels, space if encoders else None)
+    run = _Run(settings, data, lpips, torch.device(device), others)
     report(f"{len(run.data.images)} photos ({len(run.data.coded)} with streams), {run.dtype} on {device}")
     checkpoint = folder / "checkpoint.pt"
     if start is not None:
         run.start_from(start)
+    elif not (iterations or decay or checkpoint.exists()):
+        raise ClricError(f"{checkpoint} does not exist; there is nothing to export")
     run.load(checkpoint)
     run.advance(iterations, lambda iteration: 1.0, checkpoint, folder / "log.jsonl", report)
     if decay:
@@ -285,6 +290,8 @@ def _read(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle share no base class for a damaged file
         raise ModelError(f"{checkpoint} cannot be read ({brief(error)}); delete it to start over") from error
+    if not {"settings", "iteration", "model", "average"} <= state.keys():
+        raise ModelError(f"{checkpoint} is not a checkpoint of clric-export train")
     return state
 
 
@@ -464,7 +471,7 @@ class _Run:
         return {"rate": bits.sum() / pixels[:, 0].numel()}
 
     def _losses(self, pixels: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
-        encoder = self.encoders[self.iteration % len(self.encoders)]
+        encoder = self.encoders[_turn(self.iteration, len(self.encoders))]
         with self._autocast():
             latent = encoder(pixels).float()
         step = _random_steps(random, len(pixels), self._max_step()).to(self.device)
@@ -536,6 +543,12 @@ class _Run:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def _turn(iteration: int, count: int) -> int:
+    """Which of so many encoders an iteration is for: each for as long as batches of photos and streams, and networks of
+    features, take turns, so that it gets all of them."""
+    return iteration // (CODED_EVERY * LPIPS_EVERY) % count
 
 
 class _Batches(Dataset[tuple[Tensor | None, Tensor]]):

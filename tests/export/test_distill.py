@@ -230,7 +230,7 @@ def test_the_teachers_image_is_kept_beside_the_photo(photos: Path, tmp_path: Pat
         raise AssertionError("it was there already")
 
     for functions in ((encode, decode), (never, never)):
-        data = Photos(photos, "averages", *functions, tmp_path, None, 0)
+        data = Photos(photos, "averages", *functions, tmp_path, None, "sd1", 0)
         assert (225, 768, 3) in {tuple(taught.shape) for taught in data.taught}
         assert [taught.shape for taught in data.taught] == [image.shape for image in data.images]
         latents, pixels, taught = data.batch(np.random.default_rng(0), 6, coded=0)
@@ -260,7 +260,7 @@ def test_the_decoder_learns_from_the_photo_and_from_the_teacher(tmp_path: Path) 
             Image.fromarray(random.integers(darkest, darkest + 128, (192, 192, 3), np.uint8)).save(folder / f"{i}.png")
         image = (255 * taught).astype(np.uint8)[..., None].repeat(3, 2)
         latent = np.zeros((4, 24, 24), np.float32)
-        data = Photos(folder, name, lambda _: latent, lambda _: image, tmp_path / "latents", None, 0)
+        data = Photos(folder, name, lambda _: latent, lambda _: image, tmp_path / "latents", None, "sd1", 0)
         torch.manual_seed(0)
         decoder = SmallDecoder(4)
         train_decoder(decoder, data, Settings(4, crops=2), folder / "decoder", None, "cpu", lambda line: None)

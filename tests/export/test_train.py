@@ -21,7 +21,16 @@ from clric_export import train as training
 from clric_export.cli import command
 from clric_export.crops import Crops, list_photos
 from clric_export.prior import Prior, laplace_probability
-from clric_export.train import flat_latents, mesh_loss, mesh_peaks, ripple_loss, train
+from clric_export.train import (
+    CODED_EVERY,
+    LPIPS_EVERY,
+    _turn,
+    flat_latents,
+    mesh_loss,
+    mesh_peaks,
+    ripple_loss,
+    train,
+)
 from PIL import Image
 from torch import nn
 
@@ -131,7 +140,7 @@ def test_crops_depend_on_their_generator_alone(photos: Path) -> None:
 def test_crops_of_streams_lie_where_their_photos_do(photos: Path, tmp_path: Path) -> None:
     for file in sorted(photos.iterdir())[:9]:
         (tmp_path / f"{file.stem}.clric").write_bytes(encode_instantly(read_image(file).pixels))
-    data = Crops(photos, 64, 0, tmp_path)
+    data = Crops(photos, 64, 0, tmp_path, 8)
     assert {number for number, _ in data.coded} <= set(range(crops_module.HELD_OUT, 12))
     latents, pixels = data.coded_batch(np.random.default_rng(0), 6)
     assert (latents.shape, pixels.shape) == ((6, 8, 8, 8), (6, 3, 64, 64))
@@ -141,12 +150,20 @@ def test_crops_of_streams_lie_where_their_photos_do(photos: Path, tmp_path: Path
         error = (encoder(own[None])[0] - latent)[:, 2:-2, 2:-2].square().mean()
         moved = (encoder(own.roll(8, 2)[None])[0] - latent)[:, 2:-2, 3:-2].square().mean()
         assert error < moved
+    with pytest.raises(ClricError, match=r"\.clric has the latent space clric of 8 channels, not 4 channels"):
+        Crops(photos, 64, 0, tmp_path, 4)
+    with pytest.raises(ClricError, match=r"\.clric has the latent space clric of 8 channels, not the latent space sd1"):
+        Crops(photos, 64, 0, tmp_path, 8, "sd1")
     (tmp_path / "0.clric").write_bytes(encode_instantly(np.zeros((64, 64, 3), np.uint8)))
     names = [file.stem for file in photos.iterdir()]
     for name in names:
         (tmp_path / f"{name}.clric").write_bytes((tmp_path / "0.clric").read_bytes())
     with pytest.raises(ClricError, match="is not a stream of "):
-        Crops(photos, 64, 0, tmp_path)
+        Crops(photos, 64, 0, tmp_path, 8)
+    for name in names:
+        (tmp_path / f"{name}.clric").write_bytes(b"\xc7LR\1damaged")
+    with pytest.raises(ClricError, match=r"\.clric: checksum mismatch"):
+        Crops(photos, 64, 0, tmp_path, 8)
 
 
 @pytest.fixture
@@ -220,6 +237,16 @@ def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
         run("other channels", 4, start=checkpoint, channels=4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_each_of_several_encoders_gets_batches_of_photos_with_both_networks_of_features(count: int) -> None:
+    got = {
+        (_turn(iteration, count), iteration % LPIPS_EVERY == LPIPS_EVERY - 1)
+        for iteration in range(200)
+        if iteration % CODED_EVERY != CODED_EVERY - 1
+    }
+    assert got == {(encoder, lpips) for encoder in range(count) for lpips in (False, True)}
+
+
 @pytest.mark.usefixtures("short")
 def test_a_decoder_for_latents_of_other_encoders(photos: Path, tmp_path: Path) -> None:
     def run(name: str, iterations: int, **settings: object) -> list[Path]:
@@ -240,6 +267,8 @@ def test_a_decoder_for_latents_of_other_encoders(photos: Path, tmp_path: Path) -
 
     with pytest.raises(ClricError, match="of more than one space: clric, sd1"):
         train(photos, tmp_path / "spaces", latents=["lite", "small"])
+    with pytest.raises(ClricError, match="of the space sd1, not sdxl"):
+        train(photos, tmp_path / "spaces", latents=["lite"], space="sdxl")
     with pytest.raises(ClricError, match="is small and starts from lite"):
         run("large", 1, decoder="large", start=tmp_path / "whole" / "checkpoint.pt")
 
