@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -231,17 +232,22 @@ def _rise(position: np.ndarray, start: int, stop: int, blend: bool) -> np.ndarra
     return (position > FACTOR * middle).astype(np.float32)
 
 
-@lru_cache(maxsize=1)  # a command that decodes several streams opens its decoder once
-def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
+def import_onnxruntime() -> ModuleType:
+    """The module. Raises ModelError where it is not installed."""
     # Official builds from 1.31 on report their use to Microsoft by default; showing an image should not. This
     # is read when onnxruntime is imported, and a user who sets it otherwise is obeyed.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
-        raise ModelError(
-            "decoding images needs onnxruntime; run: pip install 'clric[cpu]' (or 'clric[gpu]')"
-        ) from error
+        raise ModelError("onnxruntime is not installed; run: pip install 'clric[cpu]' (or 'clric[gpu]')") from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+@lru_cache(maxsize=1)  # a command that decodes several streams opens its decoder once
+def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
+    onnxruntime = import_onnxruntime()
     providers = _providers(provider, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they come back as exceptions

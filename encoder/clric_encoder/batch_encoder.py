@@ -157,14 +157,14 @@ class BatchEncoder:
         self._device = encoding.find_device(settings.device)
         with libraries():  # of autoencoders, some of which need more
             encoder = autoencoder.load_encoder(settings.vae, settings.models, self._device)
-        self._tuning = encoding.load_tuning(
-            settings.tune,
-            encoder.space,
-            settings.preset,
-            models=settings.models,
-            lpips=settings.lpips,
-            device=self._device,
-        )
+            self._tuning = encoding.load_tuning(
+                settings.tune,
+                encoder.space,
+                settings.preset,
+                models=settings.models,
+                lpips=settings.lpips,
+                device=self._device,
+            )
         self._encoder = encoder
         return encoder
 

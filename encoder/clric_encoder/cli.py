@@ -218,8 +218,9 @@ def command(
     records = None
     if not outputs.named:
         records = Records(settings.of_streams(), create=to_folder or len(images) > 1 or output is not None)
+        to_do, unknown, skipped = _to_do(jobs, records)  # with --force too: the records learn what streams are made of
         if not force:
-            jobs, existing, skipped = _to_do(jobs, records)
+            jobs, existing = to_do, unknown
             if skipped and not quiet:
                 print_error(NAME, f"skipped {skipped} up-to-date file{'s' * (skipped > 1)}; --force re-encodes")
     with _live_view(len(jobs), show=bool(jobs) and not quiet, verbose=verbose) as view:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
 import numpy as np
+from clric_decoder.autoencoder import import_onnxruntime
 from clric_decoder.bitstream import WITH_NETWORKS, Architecture, Metadata, registered_architecture
 from clric_decoder.context import Arm, build_arms, choose_level, predict
 from clric_decoder.cpus import thread_count
@@ -55,7 +56,7 @@ TRIES, MIN_FILL = 12, 0.85
 # Pixels that go through the encoder at once, at most.
 TILE_PIXELS = 2048 * 2048
 
-_SPACE = "clric"
+SPACE = "clric"
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,9 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
     Raises ClricError where onnxruntime is missing, and ModelError for another or a damaged autoencoder.
     """
     path, manifest = find_encoder(name)
-    if manifest["latent_space"] != _SPACE:
-        raise ClricError(f"preset instant supports only the latent space {_SPACE}; use another preset")
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise ClricError("onnxruntime is not installed; run: pip install 'clric[cpu]'") from None
+    if manifest["latent_space"] != SPACE:
+        raise ClricError(f"preset instant supports only the latent space {SPACE}; use another preset")
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or thread_count()
     try:
@@ -94,13 +92,16 @@ def load_encoder(name: str, threads: int = 0) -> ImageEncoder:
         raise ClricError(f"{path} cannot be loaded ({one_line(error)}); reinstall clric") from error
 
     def network(pixels: np.ndarray) -> np.ndarray:
-        (latent,) = session.run(["latent"], {"image": pixels})
+        try:
+            (latent,) = session.run(["latent"], {"image": pixels})
+        except Exception as error:
+            raise ClricError(f"the encoder {path} failed ({one_line(error)})") from error
         return latent
 
     def encode(image: np.ndarray) -> np.ndarray:
         return in_tiles(network, image, manifest["halo"], TILE_PIXELS, blend=False)
 
-    return ImageEncoder(manifest["name"].removesuffix("_encoder"), _SPACE, encode)
+    return ImageEncoder(manifest["name"].removesuffix("_encoder"), SPACE, encode)
 
 
 def encode_instantly(
@@ -208,7 +209,7 @@ def _attempt(
         [grid],
         width=width,
         height=height,
-        space=_SPACE,
+        space=SPACE,
         function=chosen.function,
         metadata=metadata,
     )

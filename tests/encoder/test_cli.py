@@ -160,7 +160,8 @@ def test_a_folder_is_encoded_once_and_what_has_changed_again(run: Run, tmp_path:
     assert len(encoded("--lambda", "9")) == 3
     assert (tmp_path / "out/0.clric").stat().st_size < size
     assert encoded("--lambda", "9") == []
-    assert len(encoded("--lambda", "9", "--force")) == 3
+    assert len(encoded("--lambda", "3", "--force")) == 3
+    assert encoded("--lambda", "3") == []
 
     (tmp_path / "out/0.clric").write_bytes(b"the only copy")
     result = run("clric-enc", *arguments)

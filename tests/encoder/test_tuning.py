@@ -17,6 +17,7 @@ from clric_encoder.rate import Rate
 from clric_encoder.training import distortion
 from clric_encoder.training.distortion import ImageDecoder, ImageDistortion, ms_ssim, structure
 from clric_encoder.training.features import WEIGHTS, FeatureNetwork, PerceptualDistance, Textured, load_features
+from clric_encoder.training.loop import Progress
 from clric_encoder.training.presets import PRESETS
 
 
@@ -137,6 +138,20 @@ def test_sizes_that_are_asked_for(face: np.ndarray, bpp: float) -> None:
 def test_same_seed_same_bytes(face: np.ndarray) -> None:
     streams = [encode(face, vae="lite", preset="quick", seed=seed) for seed in (3, 3, 4)]
     assert streams[0] == streams[1] != streams[2]
+
+
+def test_progress_goes_on_to_its_end_and_never_back(face: np.ndarray) -> None:
+    encoder, tuning = load_encoder("lite"), load_tuning("auto", "sd1")
+    latents, sizes = encoder.encode(face)[None], [(face.shape[1], face.shape[0])]
+    for rate in (Rate(0.5), Rate(size=1200)):
+        reports: list[Progress] = []
+        encode_latents(
+            latents, sizes, "sd1", rate, preset="quick", tuning=tuning, images=[face], progress=reports.append
+        )
+        iterations = [report.iteration for report in reports]
+        assert iterations == sorted(iterations)
+        assert iterations[-1] == reports[-1].iterations
+        assert len({report.iteration for report in reports if report.stage == "tuning"}) > 1
 
 
 def test_each_of_a_batch_is_trained_on_its_own_image(face: np.ndarray) -> None:

@@ -6,8 +6,8 @@ and the gradient G of the image's loss D by the n values of the latent f gives t
 
     D(f + d) = D(f) + G d + c mean(d^2) = c mean((f + d - t)^2) + constant
 
-to second order, c being the curvature. A step on the function costs a hundredth of a look at the image, and some twenty
-follow on each.
+to second order, c being the curvature. A step on the function costs a fiftieth of a look at the image, and twenty or
+more follow on each.
 
 The image's loss is 6 MSE + 0.25 (1 - MS-SSIM) + p (perceptual distance + 0.06 textures) + 2 flatness, p being 0.5, and
 1.5 through `lite` (docs/tuning.md has the reasons).

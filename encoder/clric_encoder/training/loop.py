@@ -160,9 +160,14 @@ def overfit(
         )
         return _train_side_by_side(*problem, preset, seed, device, tell)
 
+    total = preset.iterations + (0 if image is None else preset.tuning.iterations)
+    furthest = 0
+
     def tell(progress: Progress) -> None:
+        nonlocal furthest
+        furthest = max(furthest, progress.iteration)  # trainings that are made again are not foreseen
         if report is not None:
-            report(replace(progress, iterations=preset.iterations + (0 if image is None else preset.tuning.iterations)))
+            report(replace(progress, iteration=furthest, iterations=total))
 
     if image is None:
         return [own.function for own in on_latents(everything, sizes)]
@@ -309,7 +314,7 @@ def _train_on_images(
     )
     generators = [torch.Generator(trainer.device).manual_seed(seed * 1000 + TUNING_SEED) for _ in trained]
     state = trainer.state(packed, vectors, list(range(len(trained))), generators)
-    trainer.done = preset.iterations
+    trainer.done, trainer.total = preset.iterations, preset.iterations + preset.tuning.iterations
     trainer.train(state, preset.tuning, "tuning", preset.tuning.iterations)
     # Networks are quantised against what they give. Against the moved target they would be fitted to one gradient
     image.targets = trainer.latents(state)
@@ -355,8 +360,8 @@ class _Trainer:
         self.first_lmbdas = self.lmbdas.clone()
         self.trained_lmbdas = self.lmbdas  # those of `finish` are of a few iterations only
         self.report = report or (lambda progress: None)
-        self.done = 0
-        self.last = Progress("start", 0, preset.iterations, 0.0, 0.0)
+        self.done, self.total = 0, preset.iterations
+        self.last = Progress("start", 0, self.total, 0.0, 0.0)
 
     def run(
         self, seed: int, sizes: Sequence[int] | None, measure: Measure | None
@@ -469,8 +474,8 @@ class _Trainer:
                 state.losses = (distortions + rate_weights * bits).cpu()
                 self.last = Progress(
                     name,
-                    min(self.done + (iteration + 1) * self.share(state), self.preset.iterations),
-                    self.preset.iterations,
+                    min(self.done + (iteration + 1) * self.share(state), self.total),
+                    self.total,
                     (bits / pixels).mean().item(),
                     distortions.mean().item(),
                 )
