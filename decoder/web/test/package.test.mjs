@@ -7,6 +7,7 @@ import { join } from "node:path";
 import { after, test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
+import * as vite from "vite";
 
 const root = fileURLToPath(new URL("../", import.meta.url));
 const project = mkdtempSync(join(tmpdir(), "clric-"));
@@ -23,6 +24,15 @@ test("esbuild bundles every entry without onnxruntime-web", async () => {
     write: false,
   });
   assert.match(outputFiles[0].text, /clric-image/);
+});
+
+test("Vite builds the worker as a file that a page can start", async () => {
+  const input = join(project, "main.js");
+  writeFileSync(input, `import { decode } from "clric"; window.decode = decode;`);
+  const { output } = await vite.build({ root: project, logLevel: "error", build: { write: false, rollupOptions: { input } } });
+  const worker = output.find(({ fileName }) => /worker-[^/]*\.js$/.test(fileName));
+  assert.ok(output.some(({ code }) => code?.includes(worker.fileName)), "nothing refers to the worker");
+  assert.ok(output.every(({ code }) => !code?.includes("data:text/javascript")), "a worker in a data: address cannot import");
 });
 
 test("the types are those of a strict project", () => {
