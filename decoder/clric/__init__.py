@@ -7,7 +7,6 @@ Pillow read and write streams.
 
 import numbers
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import NoneType
@@ -17,6 +16,7 @@ import clric_decoder
 import numpy as np
 from clric_decoder import ClricError, Header, ImageError, ModelError, StreamError
 from clric_decoder.bitstream import MAX_PIXELS, METADATA, Metadata
+from clric_decoder.errors import warn
 from clric_decoder.files import read_file, stream_limit
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def encode(
     pixels, notes, metadata = _read_image(image, strip, metadata or {})
     encode_array = _encoder(preset, tune)
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     if preset == "instant":
         return encode_array(pixels, vae=vae, metadata=metadata, **rate)
     from clric_encoder.libraries import not_installed

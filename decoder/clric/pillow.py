@@ -9,12 +9,12 @@ are first used, which needs onnxruntime (``pip install 'clric[cpu]'``).
 """
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
 from clric_decoder.bitstream import MAGIC, MAX_SIDE, METADATA
+from clric_decoder.errors import warn
 from clric_decoder.image import EXIF_PREFIX, to_rgb
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -113,7 +113,7 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     given = image.encoderinfo
     options = {name: given[name] for name in _OPTIONS if given.get(name) is not None}
     with _os_errors(filename):
-        pixels, notes, metadata = to_rgb(image, strip=False)
+        pixels, notes, metadata = to_rgb(image, strip=bool(given.get("strip")))
         if "icc_profile" in metadata and not given.get("icc_profile", True):
             pixels = to_rgb(image).pixels  # without its profile it is shown as sRGB
         for name in METADATA.values():
@@ -123,7 +123,7 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
                     check_type(name, given[name], *_METADATA_TYPES[name])
                     metadata[name] = _to_bytes(given[name])
         for note in notes:
-            warnings.warn(note, stacklevel=4)
+            warn(note)
         data = encode(pixels, metadata=metadata, **options)
     file.write(data)
 

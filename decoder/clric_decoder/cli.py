@@ -107,7 +107,7 @@ def command(
 
         return for_each(NAME, ((source,) for source in inputs), show)
 
-    nothing = Outputs([""] * len(inputs), named=True)
+    nothing = Outputs([""] * len(inputs), named=True, clashes={})
     latents = images = nothing
     if latent is not None:
         latents = choose_outputs(inputs, latent, ".npy", to_folder=to_folder, any_suffix=force)
@@ -159,15 +159,18 @@ def command(
                 print_error(NAME, f"note: {note}", source)
 
     jobs, existing = [], []
+    clashes = images.clashes | latents.clashes
     for source, image_place, latent_place in zip(inputs, images.places, latents.places, strict=True):
         unnamed = [place for place, named in ((image_place, images.named), (latent_place, latents.named)) if not named]
         taken = [place for place in unnamed if place != STANDARD and os.path.exists(place)]
-        if taken and not force:
+        if source in clashes:
+            print_error(NAME, clashes[source], source)
+        elif taken and not force:
             existing.append((source, taken[0]))
         else:
             jobs.append((source, image_place, latent_place))
     print_existing(NAME, existing)
-    return max(for_each(NAME, jobs, convert), 1 if existing else 0)
+    return max(for_each(NAME, jobs, convert), 1 if existing or clashes else 0)
 
 
 def describe(header: "Header") -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Every message is one line that names the field or the file, the value, the limit, and what to do next.
 """
 
+import sys
+import warnings
+
 
 class ClricError(Exception):
     """Base class of every error that clric raises on purpose."""
@@ -31,6 +34,18 @@ class ModelError(ClricError):
 
 class ImageError(ClricError):
     """An image file that cannot be read or written."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line of the caller's that called clric, through however many functions of it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+# Pillow calls clric.pillow
+_PACKAGES = ("clric", "clric_decoder", "clric_encoder", "PIL")
 
 
 def brief(error: BaseException) -> str:

@@ -42,11 +42,14 @@ _TIFF_EXIF = {
     *(ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
 
-# XMP's orientation, as an attribute and as an element. One space before it: a run of them would be tried from each of
-# its places, and hostile metadata has megabytes.
-_XMP_ORIENTATION = re.compile(
-    rb"""\stiff:Orientation\s*=\s*("[^"]*"|'[^']*')|<tiff:Orientation\s*>[^<]*</tiff:Orientation\s*>"""
+# XMP's orientation, as an attribute and as an element, by the prefix of its namespace, and what binds prefixes to that.
+# All runs are short: they are tried from each place where one may begin, and hostile metadata has megabytes.
+_XMP_ORIENTATION = (
+    rb"""\s%(p)s:Orientation\s{0,9}=\s{0,9}("[^"]{0,99}"|'[^']{0,99}')"""
+    rb"""|<%(p)s:Orientation(\s[^>]{0,999})?>.{0,999}?</%(p)s:Orientation\s{0,9}>"""
 )
+_XMP_PREFIX = re.compile(rb"""\sxmlns:([\w.-]{1,99})\s{0,9}=\s{0,9}["']http://ns\.adobe\.com/tiff/1\.0/["']""")
+_XMP_PREFIXES = 9
 
 # The most pixels of an image to encode, unless the caller says otherwise.
 MAX_SOURCE_PIXELS = 1 << 28
@@ -268,7 +271,10 @@ def _upright_exif(content: bytes, of_tiff: bool = False) -> bytes:
 
 
 def _upright_xmp(content: bytes) -> bytes:
-    return _XMP_ORIENTATION.sub(b"", content)
+    bound = {match[1] for match in itertools.islice(_XMP_PREFIX.finditer(content), _XMP_PREFIXES)}
+    for prefix in sorted({b"tiff", *bound}):
+        content = re.sub(_XMP_ORIENTATION % {b"p": re.escape(prefix)}, b"", content, flags=re.DOTALL)
+    return content
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:

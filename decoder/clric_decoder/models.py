@@ -332,7 +332,8 @@ def _decoder_path(name: str, models: str | os.PathLike[str] | None) -> Path:
     if name in known or stem.removesuffix(".fp16") in AUTOENCODERS:
         advice = f"make it on a machine with clric[export]: clric-export {stem.removesuffix('.fp16')}"
     else:
-        advice = f"clric-export makes {', '.join(AUTOENCODERS)}; of others, give the path to the .onnx file"
+        exported = ", ".join(entry.name for entry in AUTOENCODERS.values() if entry.kind in ("tiny", "kl"))
+        advice = f"clric-export makes {exported}; of others, give the path to the .onnx file"
     raise ModelError(f"decoder {name} is missing: no {' or '.join(wanted)} in {_listed(folders)}; {advice}")
 
 

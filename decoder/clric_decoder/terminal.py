@@ -155,18 +155,24 @@ def split_output(
 ) -> tuple[Sequence[str], str | None]:
     """Inputs and output, for ``IN OUT`` those of ``IN -o OUT``.
 
-    OUT has the suffix of an output, or ends with a slash; a folder that has inputs in it is a second input all the
-    same. inputs, outputs: the suffixes of both. Raises click.UsageError where the last name can be neither.
+    OUT has the suffix of an output, ends with a slash, or is a folder without inputs in it; one that has some is a
+    second input after a folder. inputs, outputs: the suffixes of both. Raises click.UsageError where the last name can
+    be neither, and where a folder after a file could be both.
     """
     if output is not None or len(names) < 2:
         return names, output
     last = names[-1]
-    is_file = Path(last).suffix.lower() in outputs and not os.path.isdir(last)
+    is_folder = os.path.isdir(last)
+    is_file = Path(last).suffix.lower() in outputs and not is_folder
     if len(names) > 2:
         if is_file:
             raise click.UsageError(_NEEDS_FOLDER)
         return names, None
-    if is_file or (last.endswith("/") and not (os.path.isdir(last) and list_folder(last, inputs))):
+    if is_folder and list_folder(last, inputs):
+        if not os.path.isdir(names[0]):
+            raise click.UsageError(f"{last} contains inputs too; name it with -o {last} to write there")
+        return names, None
+    if is_file or is_folder or last.endswith("/") or is_special(last):
         return names[:1], last
     if last != STANDARD and not os.path.exists(last):
         ending = outputs[0] if len(outputs) == 1 else "an image suffix such as .png"
@@ -175,10 +181,15 @@ def split_output(
 
 
 class Outputs(NamedTuple):
-    """Where each input's output goes. named: the user gave the name of the file, which may therefore be replaced."""
+    """Where each input's output goes.
+
+    named: the user gave the name of the file, which may therefore be replaced. clashes: inputs whose output would be
+    that of another input too, with what is wrong.
+    """
 
     places: list[str]
     named: bool
+    clashes: dict[str, str]
 
 
 def choose_outputs(
@@ -195,8 +206,8 @@ def choose_outputs(
     it is made if it is missing. Standard input goes to standard output unless ``output`` says otherwise.
     any_suffix: whether ``output`` may be a file of another suffix.
     Raises click.UsageError where it must not, where a folder would get the name of a file, where two inputs would go to
-    one place, where an output would replace an input, or where an input or the output has no name; ClricError where the
-    folder cannot be made.
+    standard output, where an output would replace an input, or where an input or the output has no name; ClricError
+    where the folder cannot be made.
     """
     for source in inputs:
         if Path(source).name in ("", ".."):
@@ -223,22 +234,28 @@ def choose_outputs(
     if STANDARD in places and sys.stdout is not None and sys.stdout.isatty():
         raise click.UsageError("standard output is a terminal; name a file with -o")
     sources = {os.path.realpath(source) for source in inputs if source != STANDARD}
-    writers = dict[str, str]()
+    writers = dict[str, list[str]]()
     for source, place in zip(inputs, places, strict=True):
         key = place if place == STANDARD else os.path.realpath(place)
         if key in sources and output is None:
             raise click.UsageError(f"{source}: not {'an image' if suffix == '.clric' else 'a .clric'} file")
         if key in sources:
             raise click.UsageError(f"output {place} is also an input; name another with -o")
-        if key in writers:
-            raise click.UsageError(f"{writers[key]} and {source} would both be written to {place}")
-        writers[key] = source
-    if folder is not None:
+        if key == STANDARD and key in writers:
+            raise click.UsageError(f"{writers[key][0]} and {source} would both be written to standard output")
+        writers.setdefault(key, []).append(source)
+    clashes = {
+        source: f"{' and '.join(other for other in group if other != source)} would be written to {place} too; name its"
+        " output with -o"
+        for source, place in zip(inputs, places, strict=True)
+        if len(group := writers[place if place == STANDARD else os.path.realpath(place)]) > 1
+    }
+    if folder is not None and len(clashes) < len(inputs):
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise ClricError(f"{folder}: the folder cannot be created ({error.strerror})") from error
-    return Outputs(places, named)
+    return Outputs(places, named, clashes)
 
 
 def print_existing(name: str, existing: Sequence[tuple[str, str]]) -> None:

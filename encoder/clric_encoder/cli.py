@@ -19,6 +19,7 @@ from clric_decoder import numpy_start  # noqa: F401, before all that imports num
 from clric_decoder.bitstream import MAX_SIDE, read_header
 from clric_decoder.errors import ClricError
 from clric_decoder.files import STANDARD, check_output, read_input, write_output
+from clric_decoder.models import search_folders
 from clric_decoder.terminal import (
     IMAGE_SUFFIXES,
     choose_outputs,
@@ -172,8 +173,14 @@ def command(
         rate = choose_rate(lmbda, quality, size, bpp)
     except ClricError as error:  # it begins with the option's name
         raise click.UsageError(f"--{error}") from None
-    if preset == INSTANT and (tune not in ("auto", "none") or lpips is not None):
-        raise click.UsageError("--tune and --lpips cannot be used with --preset instant, which trains nothing")
+    if preset == INSTANT and (tune not in ("auto", "none") or lpips is not None or device == "cuda"):
+        raise click.UsageError(
+            "--tune, --lpips and --device cuda cannot be used with --preset instant, which trains nothing"
+        )
+    if tune == "none" and lpips is not None:
+        raise click.UsageError("--lpips cannot be used with --tune none")
+    if models is not None:
+        search_folders(models)  # says where there is no such folder, which some presets do not look into
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose are mutually exclusive")
     if ray is not None:
@@ -212,8 +219,8 @@ def command(
     from .batch_encoder import BatchEncoder, Settings
 
     settings = Settings(rate, vae, preset, tune, lpips, device, seed, models, strip)
-    jobs = list(zip(images, outputs.places, strict=True))
-    failures: list[tuple[str, str]] = []
+    failures = list(outputs.clashes.items())
+    jobs = [job for job in zip(images, outputs.places, strict=True) if job[0] not in outputs.clashes]
     existing: list[tuple[str, str]] = []
     records = None
     if not outputs.named:
@@ -231,6 +238,8 @@ def command(
             code = 130
         except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
             code = 1
+    if records is not None:
+        records.write()
     print_existing(NAME, existing)
     for source, message in failures:
         print_error(NAME, message, source)
@@ -324,8 +333,8 @@ class _Run:
         if self.records is not None:
             self.records.add(place, encoded.data)
         facts = _facts(source, place, encoded)
-        if encoded.note:
-            self._warn(encoded.note, source)
+        if encoded.note and (encoded.too_large or not self.quiet):
+            print_error(NAME, encoded.note, source)
         if self.json:
             write_output(STANDARD, f"{json_format.dumps(facts)}\n".encode())
         elif not self.quiet and sys.stderr is not None:

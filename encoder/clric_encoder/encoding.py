@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from clric_decoder import bitstream
 from clric_decoder.bitstream import Metadata
-from clric_decoder.errors import ClricError, ModelError
+from clric_decoder.errors import ClricError, ModelError, warn
 
 from .autoencoder import fast_dtype, load_decoder, load_encoder
 from .compilation import compilation
@@ -97,10 +96,10 @@ def encode(
         device=device,
         seed=seed,
         progress=progress,
-        warn=_warn,
+        warn=warn,
     )
     if encoded.note:
-        _warn(encoded.note)
+        warn(encoded.note)
     return encoded.data
 
 
@@ -169,7 +168,7 @@ def encode_latent(
         progress=progress,
     )
     if encoded.note:
-        warnings.warn(encoded.note, stacklevel=2)
+        warn(encoded.note)
     return encoded.data
 
 
@@ -249,7 +248,7 @@ def encode_latents(
         elif limit is not None and len(data) < MIN_FILL * limit:
             why = "the nearest size is" if can_move(function.lmbda) else "quality saturates at"
             note = f"target of {limit} bytes not reached: {why} {len(data)} bytes"
-        result.append(Encoded(data, function.lmbda, error, note))
+        result.append(Encoded(data, function.lmbda, error, note, limit is not None and len(data) > limit))
     return result
 
 
@@ -265,10 +264,6 @@ def batch_size(shape: tuple[int, ...], preset: Preset, device: str) -> int:
         room = free // VALUE_BYTES // 2
         values *= max([warm_up.candidates for warm_up in preset.warm_up], default=1)
     return max(1, min(64, room // values))
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
 
 
 def find_device(name: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -23,7 +22,7 @@ from clric_decoder.bitstream import WITH_NETWORKS, Architecture, Metadata, regis
 from clric_decoder.context import Arm, build_arms, choose_level, predict
 from clric_decoder.cpus import thread_count
 from clric_decoder.entropy import ESCAPE_HIGH, ESCAPE_LOW, FRACTIONS, SYMBOL_ZERO, cumulative_tables, ideal_bits
-from clric_decoder.errors import ClricError, one_line
+from clric_decoder.errors import ClricError, one_line, warn
 from clric_decoder.networks import Parameters, decode_networks
 from clric_decoder.registered_networks import registered_networks
 from clric_decoder.synthesis import synthesize
@@ -121,7 +120,7 @@ def encode_instantly(
     rate = choose_rate(lmbda, quality, size, bpp)
     encoded = encode_image(image, load_encoder(vae), rate, metadata)
     if encoded.note:
-        warnings.warn(encoded.note, stacklevel=2)
+        warn(encoded.note)
     return encoded.data
 
 
@@ -138,7 +137,7 @@ def encode_image(image: np.ndarray, encoder: ImageEncoder, rate: Rate, metadata:
     else:
         best, note = _of_size(attempt, limit)
     decode_checked(best.data, best.chosen.networks, [best.grid])
-    return Encoded(best.data, best.lmbda, best.error, note)
+    return Encoded(best.data, best.lmbda, best.error, note, limit is not None and len(best.data) > limit)
 
 
 @dataclass(frozen=True)

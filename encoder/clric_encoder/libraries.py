@@ -12,6 +12,7 @@ def libraries() -> Iterator[None]:
     """Around imports: ClricError where what the encoder depends on is missing or broken."""
     # diffusers warns of harmless fields in its own models' configuration; it reads this when it is imported.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every try to reach the hub
     try:
         yield
     except ModuleNotFoundError as error:

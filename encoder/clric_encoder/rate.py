@@ -52,4 +52,4 @@ def choose_rate(lmbda: float | None, quality: float | None, size: int | None, bp
         return Rate(quality_to_lambda(quality))
     if quality is not None:
         raise ClricError(ONE_RATE)
-    return Rate(lmbda, size, bpp)
+    return Rate(lmbda, None if size is None else int(size), bpp)

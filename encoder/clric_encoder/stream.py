@@ -31,13 +31,14 @@ class Encoded:
     """A stream, with what it was made with and came to.
 
     lmbda: at the end of training. latent_mse: of the decoded latent. note: where the size that was asked for could not
-    be met, a sentence about what was done instead.
+    be met, a sentence about what was done instead. too_large: whether the stream is larger than that.
     """
 
     data: bytes
     lmbda: float
     latent_mse: float
     note: str | None
+    too_large: bool = False
 
 
 def check_image(image: np.ndarray) -> tuple[int, int]:

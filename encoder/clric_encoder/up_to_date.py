@@ -5,10 +5,13 @@ small file, `FILE`: for each stream's name a digest of the stream, and one of wh
 that something else has put in a stream's place is recognised, and is not overwritten.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +36,8 @@ class Records:
         self._create = create
         self._folders: dict[Path, dict[str, Any]] = {}
         self._made_of: dict[str, str] = {}
+        self._new: dict[Path, dict[str, Any]] = {}
+        self._due = 0.0
 
     def state(self, source: str, place: str) -> State:
         """Of the stream of an image file, at `place`: new where there is none, unknown where something else made it."""
@@ -53,22 +58,57 @@ class Records:
         return "up to date" if record.get("made_of") == self._made_of[place] else "out of date"
 
     def add(self, place: str, stream: bytes) -> None:
-        """Keeps what a stream that was just written was made of, as `state` found it. Raises ClricError."""
-        folder = self._folder(place)
-        if place not in self._made_of or not (folder or self._create):
+        """Keeps what a stream that was just written was made of, as `state` found it.
+
+        Now or soon: a long file is not written again for every stream. Raises ClricError.
+        """
+        if place not in self._made_of or not (self._folder(place) or self._create):
             return
-        folder[Path(place).name] = {"stream": _digest(stream), "made_of": self._made_of[place]}
-        write_output(Path(place).parent / FILE, f"{json.dumps(folder, indent=1)}\n".encode())
+        record = {"stream": _digest(stream), "made_of": self._made_of[place]}
+        self._new.setdefault(Path(place).parent, {})[Path(place).name] = record
+        if time.monotonic() >= self._due:
+            begin = time.monotonic()
+            self.write()
+            self._due = time.monotonic() + 20 * (time.monotonic() - begin)
+
+    def write(self) -> None:
+        """Writes what is kept but not written yet, beside what others have written meanwhile. Raises ClricError."""
+        while self._new:
+            folder, records = self._new.popitem()
+            with _locked(folder):
+                self._folders[folder] = _read(folder) | records
+                write_output(folder / FILE, f"{json.dumps(self._folders[folder], indent=1)}\n".encode())
 
     def _folder(self, place: str) -> dict[str, Any]:
         folder = Path(place).parent
         if folder not in self._folders:
-            try:
-                records = json.loads(read_input(folder / FILE, _LIMIT))
-            except (ClricError, ValueError, RecursionError):  # missing or damaged: nothing is known
-                records = None
-            self._folders[folder] = records if isinstance(records, dict) else {}
+            self._folders[folder] = _read(folder)
         return self._folders[folder]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        records = json.loads(read_input(folder / FILE, _LIMIT))
+    except (ClricError, ValueError, RecursionError):  # missing or damaged: nothing is known
+        return {}
+    return records if isinstance(records, dict) else {}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Against other commands that write to this folder, where the system has locks of folders."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def made_of(settings: Mapping[str, Any], version: str) -> str:

@@ -278,14 +278,22 @@ def test_bad_command_lines(run: Run, tmp_path: Path, file: Path) -> None:
         result = run("clric-dec", file.name, "--latent", place, "-o", place, "--force")
         assert_one_line(result, 2, f"the image and the latent would both be written to {place}")
     assert_one_line(run("clric-dec", file.name, "-o", file.name), 2, "output photo.clric is also an input")
-    assert_one_line(run("clric-dec", file.name, "-", "-o", "-"), 2, "photo.clric and - would both be written to -")
+    assert_one_line(
+        run("clric-dec", file.name, "-", "-o", "-"), 2, "photo.clric and - would both be written to standard output"
+    )
     assert_one_line(run("clric-dec", "photo.png"), 2, "photo.png: not a .clric file")
     for options in ([file.name, "x.xyz"], [".", "x.png"], [file.name, file.name, "x.png"]):
         result = run("clric-dec", *options)
         assert_one_line(result, 2, "x.xyz: no such file" if "x.xyz" in options else "need an output folder: -o DIR")
     (tmp_path / "other").mkdir()
     same = run("clric-dec", file.name, f"other/{file.name}", "-o", "out")
-    assert_one_line(same, 2, "photo.clric and other/photo.clric would both be written to out/photo.png")
+    assert (same.returncode, same.stderr.decode().splitlines()) == (
+        1,
+        [
+            f"clric-dec: {one}: {other} would be written to out/photo.png too; name its output with -o"
+            for one, other in (("photo.clric", "other/photo.clric"), ("other/photo.clric", "photo.clric"))
+        ],
+    )
     assert not (tmp_path / "out").exists()
 
 

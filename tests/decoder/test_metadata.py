@@ -68,7 +68,11 @@ def test_xmp_loses_its_orientation_where_it_is_applied() -> None:
 ELEMENT = b"<rdf:Description><tiff:Orientation>6</tiff:Orientation><dc:title>A title</dc:title></rdf:Description>"
 
 
-@pytest.mark.parametrize("xmp", [XMP, XMP.replace(b'="6"', b" = '6'"), ELEMENT])
+OTHER_PREFIX = b'<x xmlns:t.1="http://ns.adobe.com/tiff/1.0/" t.1:Orientation="6" dc:title="A title"/>'
+COMMENT = ELEMENT.replace(b">6<", b' rdf:datatype="x">6<!-- turned --><')
+
+
+@pytest.mark.parametrize("xmp", [XMP, XMP.replace(b'="6"', b" = '6'"), ELEMENT, OTHER_PREFIX, COMMENT])
 def test_orientation_is_taken_from_metadata_that_does_not_apply(xmp) -> None:
     """EXIF, which says that the photo is upright, counts; and who gives an array gives it upright."""
     photo = Image.open(saved(picture(), ".jpg", exif=exif(1), xmp=xmp))

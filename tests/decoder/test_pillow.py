@@ -13,7 +13,7 @@ import clric
 import clric.pillow
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 CONFORMANCE = Path(__file__).resolve().parent.parent / "conformance"
 
@@ -224,6 +224,16 @@ def test_save_hands_its_options_to_the_encoder(tmp_path: Path) -> None:
     with Image.open(tmp_path / "trained.clric") as image:
         assert image.size == (64, 48)
         assert os.path.getsize(tmp_path / "trained.clric") <= 150
+
+
+def test_save_leaves_out_metadata_where_it_is_to(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "somebody"
+    gradient().save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        for strip in (False, True):
+            photo.save(tmp_path / "photo.clric", preset="instant", strip=strip)
+            assert ("exif" in clric.read_header(tmp_path / "photo.clric").metadata) is not strip
 
 
 def test_save_to_streams(file: Path) -> None:

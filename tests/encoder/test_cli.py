@@ -18,7 +18,7 @@ from clric_decoder import ClricError, decode_latent, read_header
 from clric_encoder import batch_encoder, cli
 from clric_encoder.batch_encoder import Settings
 from clric_encoder.rate import Rate
-from clric_encoder.up_to_date import made_of
+from clric_encoder.up_to_date import Records, made_of
 from commands import LINUX, POSIX, assert_one_line, loaded_modules
 from conftest import MakeStream, Run
 from PIL import Image
@@ -179,6 +179,43 @@ def test_a_folder_is_encoded_once_and_what_has_changed_again(run: Run, tmp_path:
     )
 
 
+def test_images_of_one_name_fail_and_the_others_are_encoded(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.jpg", "b.png"):
+        write_photo(tmp_path / "in" / name)
+    result = run("clric-enc", "in", "-q", "--preset", "instant")
+    assert (result.returncode, result.stderr.decode().splitlines()) == (
+        1,
+        [
+            f"clric-enc: in/{one}: in/{other} would be written to in/b.clric too; name its output with -o"
+            for one, other in (("b.jpg", "b.png"), ("b.png", "b.jpg"))
+        ],
+    )
+    assert [path.name for path in (tmp_path / "in").glob("*.clric")] == ["a.clric"]
+
+
+def test_records_of_commands_that_write_to_one_folder_at_once_are_all_kept(tmp_path: Path) -> None:
+    photos = [write_photo(tmp_path / f"{number}.png") for number in range(4)]
+    both = [Records({}, create=True) for _ in range(2)]
+    for number, photo in enumerate(photos):
+        records = both[number % 2]
+        place = str(tmp_path / f"{number}.clric")
+        assert records.state(str(photo), place) == "new"
+        Path(place).write_bytes(b"a stream")
+        records.add(place, b"a stream")
+    for records in both:
+        records.write()
+    later = Records({}, create=False)
+    assert [later.state(str(photo), str(photo.with_suffix(".clric"))) for photo in photos] == ["up to date"] * 4
+
+
+def test_a_size_that_is_too_small_is_told_even_when_quiet(run: Run, tmp_path: Path) -> None:
+    write_photo(tmp_path / "photo.png")
+    for size, told in (("10", "target of 10 bytes not reached: the minimum size is"), ("100kB", "")):
+        result = run("clric-enc", "photo.png", "-q", "--force", "--preset", "instant", "--bytes", size)
+        assert (result.returncode, told in result.stderr.decode(), bool(result.stderr)) == (0, True, bool(told))
+
+
 def test_streams_are_out_of_date_when_a_file_that_an_option_names_or_clric_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,11 +291,13 @@ def test_an_output_of_a_wrong_form_writes_nothing(run: Run, tmp_path: Path) -> N
     assert sorted(os.listdir(tmp_path)) == ["in", "other.png", "photo.png"]
     for _ in range(2):  # a folder that is there already is the output too
         assert run("clric-enc", "photo.png", "out/", *quick).returncode == 0
-    assert run("clric-enc", "photo.png", "in/", *quick).returncode == 0  # but not one of images
+    (tmp_path / "empty").mkdir()
+    assert run("clric-enc", "photo.png", "empty", *quick).returncode == 0
+    result = run("clric-enc", "photo.png", "in/", *quick)  # but one of images may be meant as an input
+    assert_one_line(result, 2, "in/ contains inputs too; name it with -o in/ to write there")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.clric")) == [
-        "in/third.clric",
+        "empty/photo.clric",
         "out/photo.clric",
-        "photo.clric",
     ]
     assert run("clric-enc", "in", "one.clric/", *quick).returncode == 0
     assert (tmp_path / "one.clric/third.clric").is_file()
@@ -294,8 +333,6 @@ def test_a_size_that_is_asked_for(run: Run, tmp_path: Path) -> None:
         result = run("clric-enc", "photo.png", "--bytes", target, "--preset", "fast", "--json", "-f")
         assert_one_line(result, 0, "photo.png: ", words)
         assert json.loads(result.stdout)["bytes"] > 10
-    result = run("clric-enc", "photo.png", "--bytes", "10", "--preset", "instant", "-q", "-f")
-    assert (result.returncode, result.stderr) == (0, b"")  # a warning, as others are
 
 
 def test_help_does_not_load_torch(run: Run) -> None:
@@ -367,13 +404,14 @@ def test_bad_command_lines(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("clric-enc", photo.name, "--seed", "9" * 20), 2, "--seed", "4294967295")
     assert_one_line(run("clric-enc", photo.name, "--preset", "nonsense"), 2, "nonsense", "default", "paper")
     assert_one_line(run("clric-enc", photo.name, "--device", "tpu"), 2, "tpu", "cuda")
+    assert_one_line(run("clric-enc", photo.name, "--models", "nowhere"), 1, "nowhere: no such folder (--models)")
+    result = run("clric-enc", photo.name, "--tune", "none", "--lpips", "x.npz")
+    assert_one_line(result, 2, "--lpips cannot be used with --tune none")
+    result = run("clric-enc", photo.name, "--preset", "instant", "--device", "cuda")
+    assert_one_line(result, 2, "cannot be used with --preset instant")
     for place in ("photo.png", "./photo.png"):
         assert_one_line(run("clric-enc", photo.name, "-o", place, "--force"), 2, "is also an input")
     assert_one_line(run("clric-enc", photo.name, "-o", "-", "--json"), 2, "standard output")
-    write_photo(tmp_path / "photo.jpg")
-    assert_one_line(
-        run("clric-enc", "photo.png", "photo.jpg"), 2, "photo.png and photo.jpg would both be written to photo.clric"
-    )
     assert photo.read_bytes() == before
     assert not list(tmp_path.rglob("*.clric*"))
 

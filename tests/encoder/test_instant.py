@@ -1,9 +1,11 @@
 """Preset instant: a stream without training, without torch, and without networks of its own."""
 
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import clric
 import matplotlib
 import numpy as np
 import pytest
@@ -45,8 +47,10 @@ def test_sizes_are_met(picture: np.ndarray) -> None:
     for size in (200, 400, 800):
         data = encode_instantly(picture, size=size)
         assert 0.85 * size <= len(data) <= size
-    with pytest.warns(UserWarning, match="target of 10 bytes not reached: the minimum size is"):
-        encode_instantly(picture, size=10)
+    for encode in (encode_instantly, partial(clric.encode, preset="instant")):
+        with pytest.warns(UserWarning, match="target of 10 bytes not reached: the minimum size is") as warned:
+            encode(picture, size=10.0)
+        assert [own.filename for own in warned] == [__file__]
     with pytest.warns(UserWarning, match="target of 100000 bytes not reached: quality saturates at"):
         encode_instantly(picture, size=100_000)
 

@@ -139,15 +139,15 @@ def sheet(cells: Sequence[tuple[Path, str, str]], place: Path) -> bytes:
         width, height = first.size
     width, height = max(width, CROP), height + _TEXT  # a narrow crop's text needs its room all the same
     rows, columns = -(-len(cells) // _COLUMNS), min(len(cells), _COLUMNS)
-    packed = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * height), "white")
-    draw = ImageDraw.Draw(packed)
+    image = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * height), "white")
+    draw = ImageDraw.Draw(image)
     for number, (path, title, text) in enumerate(cells):
         left, top = number % _COLUMNS * (width + _GAP), number // _COLUMNS * height
         with Image.open(path) as crop:
-            packed.paste(crop, (left, top))
+            image.paste(crop, (left, top))
         draw.text((left, top + height - _TEXT + 3), title, "black", ImageFont.load_default(17))
         draw.text((left, top + height - _TEXT + 23), text, "#444444", ImageFont.load_default(15))
     file = io.BytesIO()
-    packed.save(file, "png", optimize=True)
+    image.save(file, "png", optimize=True)
     write_output(place, file.getvalue())
     return file.getvalue()

@@ -23,7 +23,7 @@ from .grid_layout import GridLayout
 class Synthesis:
     """The latents (batch, C, h, w) of grids in a plane (batch, rows, stride): upsampler and synthesis network.
 
-    like, layer: another one of the same packed and parameters, but for those of this layer and later ones.
+    like, layer: another one of the same grids and parameters, but for those of this layer and later ones.
     """
 
     def __init__(

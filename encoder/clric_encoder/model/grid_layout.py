@@ -2,7 +2,7 @@
 
 The planes of all levels and channels lie below each other, the finest level first, each under rows of zeros and
 between columns of zeros as wide as the ARM's neighbourhood reaches. A neighbour is then the same distance away
-wherever it is in the flattened packed, and values outside of a grid are zeros as the specification wants them.
+wherever it is in the flattened array, and values outside of a grid are zeros as the specification wants them.
 
     0 0 0 0 0 0 0      one row of zeros for each row that the ARM looks back
     0 0 0 a a a a      a plane of level 0, full width
@@ -25,12 +25,12 @@ from clric_decoder.context import NEIGHBOURS, REACH
 class GridLayout:
     """The places of the grids of an architecture for latents of one size, on one device.
 
-    shapes: (channels, height, width) of each level. rows, stride: the packed's size. mask: (rows, stride) float32, one
+    shapes: (channels, height, width) of each level. rows, stride: the array's size. mask: (rows, stride) float32, one
     where a grid value is. planes: first row, height and width of each plane, over all levels. plane_numbers: (rows,)
     which of them a row belongs to.
-    lead: zeros that stand before the flattened packed where neighbours are looked up.
+    lead: zeros that stand before the flattened array where neighbours are looked up.
     offsets: (neighbours, 2) int64 array, how far down and right of a value each neighbour stands.
-    neighbours: how far on each is in the flattened packed.
+    neighbours: how far on each is in the flattened array.
     places: (planes, 2) int64 array, the level and the first row of each plane. sizes: (levels, 2) int64 array.
     ends: (levels,) int64 array, where the planes of each level would end if one of each lay behind each other.
     doublings: for each level but the last, the `Doubling` that leads to it along rows and along columns.

@@ -37,8 +37,8 @@ _LEAST_WORK = 16_000_000
 _LOG2_E = np.float32(1 / math.log(2))
 _LN_2 = np.float32(math.log(2))
 
-# The compiler turns a loop into vector instructions if it has to make sure of no more than eight pairs of arrays, one
-# of them written to, that they do not overlap. Rows of one array count as one where it knows how long they are: the
+# The compiler turns a loop into vector instructions if it has to check at most eight pairs of arrays, one of each
+# written to, for overlap. Rows of one array count as one where it knows how long they are: the
 # loops that cost most work on arrays whose rows have a constant length, in the function that makes them (what stands
 # in functions of their own is inlined) or below that limit. A number without a type (float64) is kept away, and so are
 # indices that might be negative, and divisions that look for a zero.
@@ -57,7 +57,7 @@ def _inlined(function: Callable[..., Any]) -> Any:
 
 
 class ArmBits:
-    """Bits of planes of a packed by an ARM, and their gradients; begun here, and waited for where asked for.
+    """Bits of planes of an array by an ARM, and their gradients; started here, and joined where they are asked for.
 
     packed: (batch, rows, stride). planes: first row, height and width of each. neighbours: (inputs, 2) int64, how far
     down and right each input stands. scales: (batch, planes), added to the logarithm of the scale. weights, biases:
@@ -123,7 +123,7 @@ class ArmBits:
             _spread(_scatter, tasks, work, *arrays, *changed, *tables)
 
 
-# Columns of a table of blocks: the plane's number, where the block's first value stands in the flattened packed and
+# Columns of a table of blocks: the plane's number, where the block's first value stands in the flattened array and
 # among the values of all planes (row by row, without what is around them), rows and columns of the block, its place in
 # the plane, and the plane's size.
 _PLANE, _PLACE, _FIRST, _ROWS, _WIDE, _TOP, _LEFT, _HEIGHT, _WIDTH = range(9)
@@ -158,7 +158,7 @@ def _tiles(height: int, width: int, room: int, columns: int, margin: int) -> np.
 
 
 def convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A convolution of 1x1, or one of 3x3 at the edges of which the outermost values go on.
+    """A convolution of 1x1, or one of 3x3 with replicated borders.
 
     inputs (batch, in, h, w), weight (batch, out, in, k, k), bias (batch, out) -> (batch, out, h, w).
     """
@@ -192,7 +192,7 @@ def convolve_backward(
 
 
 class Upsampled:
-    """All planes of a packed (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
+    """All planes of an array (batch, rows, stride) at the size of the finest, (batch, planes, h, w).
 
     taps: (batch, levels - 1, 4), those of the doubling to each level. places: (planes, 2) int64, the level and the
     first row of each. sizes, ends: (levels, 2) and (levels,) int64, of each level's planes, and of their values when

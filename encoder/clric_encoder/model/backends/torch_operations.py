@@ -36,7 +36,7 @@ from . import (
 
 
 class Upsampled:
-    """All grids of a packed at the size of the finest, (batch, grids, h, w)."""
+    """All grids of an array at the size of the finest, (batch, grids, h, w)."""
 
     def __init__(self, packed: torch.Tensor, taps: torch.Tensor, layout: GridLayout) -> None:
         """taps: (batch, levels - 1, 4), those of the doubling to each level."""
