@@ -46,7 +46,7 @@ _TIFF_EXIF = {
 # All runs are short: they are tried from each place where one may begin, and hostile metadata has megabytes.
 _XMP_ORIENTATION = (
     rb"""\s%(p)s:Orientation\s{0,9}=\s{0,9}("[^"]{0,99}"|'[^']{0,99}')"""
-    rb"""|<%(p)s:Orientation(\s[^>]{0,999})?>.{0,999}?</%(p)s:Orientation\s{0,9}>"""
+    rb"""|<%(p)s:Orientation(\s[^<>]{0,99})?>[^<]{0,99}(<!--[^<>]{0,99}-->[^<]{0,99})?</%(p)s:Orientation\s{0,9}>"""
 )
 _XMP_PREFIX = re.compile(rb"""\sxmlns:([\w.-]{1,99})\s{0,9}=\s{0,9}["']http://ns\.adobe\.com/tiff/1\.0/["']""")
 _XMP_PREFIXES = 9
@@ -271,9 +271,12 @@ def _upright_exif(content: bytes, of_tiff: bool = False) -> bytes:
 
 
 def _upright_xmp(content: bytes) -> bytes:
-    bound = {match[1] for match in itertools.islice(_XMP_PREFIX.finditer(content), _XMP_PREFIXES)}
-    for prefix in sorted({b"tiff", *bound}):
-        content = re.sub(_XMP_ORIENTATION % {b"p": re.escape(prefix)}, b"", content, flags=re.DOTALL)
+    prefixes = {b"tiff"}
+    for match in _XMP_PREFIX.finditer(content):
+        if len(prefixes) < _XMP_PREFIXES:
+            prefixes.add(match[1])
+    for prefix in sorted(prefixes):
+        content = re.sub(_XMP_ORIENTATION % {b"p": re.escape(prefix)}, b"", content)
     return content
 
 

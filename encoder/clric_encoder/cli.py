@@ -179,7 +179,7 @@ def command(
         )
     if tune == "none" and lpips is not None:
         raise click.UsageError("--lpips cannot be used with --tune none")
-    if models is not None:
+    if models is not None and ray is None:  # with Ray it is a folder of each node
         search_folders(models)  # says where there is no such folder, which some presets do not look into
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose are mutually exclusive")
@@ -238,12 +238,14 @@ def command(
             code = 130
         except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
             code = 1
-    if records is not None:
-        records.write()
+        finally:
+            unwritten = records and records.last_write()
     print_existing(NAME, existing)
     for source, message in failures:
         print_error(NAME, message, source)
-    return code
+    if unwritten:
+        print_error(NAME, unwritten)
+    return max(code, 1) if unwritten else code
 
 
 def _encode_with_ray(images: Sequence[str], output: str, **arguments: Any) -> int:

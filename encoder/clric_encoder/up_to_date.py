@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ class Records:
         self._made_of: dict[str, str] = {}
         self._new: dict[Path, dict[str, Any]] = {}
         self._due = 0.0
+        self._timer: threading.Timer | None = None
+        self._lock = threading.RLock()
 
     def state(self, source: str, place: str) -> State:
         """Of the stream of an image file, at `place`: new where there is none, unknown where something else made it."""
@@ -65,19 +68,39 @@ class Records:
         if place not in self._made_of or not (self._folder(place) or self._create):
             return
         record = {"stream": _digest(stream), "made_of": self._made_of[place]}
-        self._new.setdefault(Path(place).parent, {})[Path(place).name] = record
-        if time.monotonic() >= self._due:
-            begin = time.monotonic()
-            self.write()
-            self._due = time.monotonic() + 20 * (time.monotonic() - begin)
+        with self._lock:
+            self._new.setdefault(Path(place).parent, {})[Path(place).name] = record
+            if time.monotonic() >= self._due:
+                self.write()
+            elif self._timer is None:
+                self._timer = threading.Timer(self._due - time.monotonic(), self._write_later)
+                self._timer.daemon = True
+                self._timer.start()
 
     def write(self) -> None:
         """Writes what is kept but not written yet, beside what others have written meanwhile. Raises ClricError."""
-        while self._new:
-            folder, records = self._new.popitem()
-            with _locked(folder):
-                self._folders[folder] = _read(folder) | records
-                write_output(folder / FILE, f"{json.dumps(self._folders[folder], indent=1)}\n".encode())
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            begin = time.monotonic()
+            for folder, records in list(self._new.items()):
+                with _locked(folder):
+                    self._folders[folder] = _read(folder) | records
+                    write_output(folder / FILE, f"{json.dumps(self._folders[folder], indent=1)}\n".encode())
+                del self._new[folder]
+            self._due = time.monotonic() + 20 * (time.monotonic() - begin)
+
+    def last_write(self) -> str | None:
+        """`write`, which gives what is wrong instead of raising it."""
+        try:
+            self.write()
+        except ClricError as error:
+            return str(error)
+        return None
+
+    def _write_later(self) -> None:
+        self.last_write()  # what it cannot write the next one tries again
 
     def _folder(self, place: str) -> dict[str, Any]:
         folder = Path(place).parent
@@ -97,18 +120,15 @@ def _read(folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Against other commands that write to this folder, where the system has locks of folders."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
+    with contextlib.ExitStack() as stack:
+        if sys.platform != "win32":
+            import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a folder that nobody may read, a file system without locks
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def made_of(settings: Mapping[str, Any], version: str) -> str:

@@ -11,6 +11,7 @@ So every descent gives one example of a crop of its own, and each is shown turne
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -116,18 +117,18 @@ def distill_features(
     OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(
-        folder / "settings.json",
-        {"photos": str(photos), "lpips": str(vgg), "streams": str(streams), "start": str(start), "seed": seed}
-        | {"rounds": rounds, "pool": pool_size, "iterations": iterations, "crops": crops},
-    )
     # Half of an iteration is the decoder's, and gradients through it bear the rounding of bfloat16
     decoder = copy.deepcopy(decoder).to(device=device, dtype=fast_dtype(device))
     encoder = copy.deepcopy(encoder).to(device)
     teacher = LpipsVgg(vgg, torch.bfloat16).to(device)
     with torch.inference_mode():
         channels = encoder(torch.zeros(1, 3, CROP, CROP, device=device)).shape[1]
-    maker = _PoolMaker(Crops(photos, CROP, seed, streams, channels), teacher, encoder, decoder, torch.device(device))
+    data = Crops(photos, CROP, seed, streams, channels)
+    files = {"photos": photos, "lpips": vgg, "streams": streams, "start": start}
+    settings: dict[str, Any] = {name: file and str(file.resolve()) for name, file in files.items()}
+    settings |= {"seed": seed, "rounds": rounds, "pool": pool_size, "iterations": iterations, "crops": crops}
+    _check_settings(folder / "settings.json", settings | {"autoencoder": _digest(encoder, decoder)})
+    maker = _PoolMaker(data, teacher, encoder, decoder, torch.device(device))
 
     def pool(name: str, student: FeatureNetwork | None, number: int, size: int, held_out: bool = False) -> Pool:
         def make() -> dict[str, Tensor]:
@@ -157,6 +158,15 @@ def distill_features(
     result = folder / "features.safetensors"
     _write({name: tensor.half() for name, tensor in student.state_dict().items()}, result)
     return result
+
+
+def _digest(*networks: nn.Module) -> str:
+    """Of weights."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for tensor in network.state_dict().values():
+            digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:

@@ -33,12 +33,15 @@ export function decodeAside(data, { decoder, ort, maxPixels } = {}, signal) {
   const bytes = new Uint8Array(data);
   // onnxruntime-web as a module of the page's bundle is only to be had in the page's own thread.
   if (!canWork || (decoder && !ort)) return decodeImage(bytes, options, importOrt);
-  return new Promise((resolve, reject) => {
-    const task = { bytes, options, resolve, reject };
-    signal?.addEventListener("abort", () => drop(task, signal.reason), { once: true });
-    waiting.push(task);
-    dispatch();
-  });
+  if (signal?.aborted) return Promise.reject(signal.reason);
+  const task = { bytes, options };
+  const result = new Promise((resolve, reject) => Object.assign(task, { resolve, reject }));
+  const onAbort = () => drop(task, signal.reason);
+  signal?.addEventListener("abort", onAbort);
+  waiting.push(task);
+  dispatch();
+  // The signal may live as long as its image, and would keep all pixels with it
+  return result.finally(() => signal?.removeEventListener("abort", onAbort));
 }
 
 /** An image decoder with its address as the page means it: a worker has an address of its own. */
@@ -49,7 +52,7 @@ function located(decoder) {
 
 function absolute(url) {
   try {
-    return new URL(url, globalThis.document?.baseURI).href;
+    return new URL(url, globalThis.document?.baseURI ?? globalThis.location?.href).href;
   } catch {
     return fail("model", `${url} is not an address`);
   }

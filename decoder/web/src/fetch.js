@@ -2,7 +2,7 @@
  * Downloads: files, and streams whose header is told as soon as it has come.
  */
 import { ClricError, fail } from "./errors.js";
-import { readHeader } from "./latent.js";
+import { MAX_PIXELS, readHeader } from "./latent.js";
 
 /** The stream at `url`. `onHeader` is called with the header while the rest is on its way. */
 export async function fetchStream(url, signal, onHeader) {
@@ -36,6 +36,10 @@ async function readBody(response, onHeader) {
     longer.set(bytes);
     longer.set(value, bytes.length);
     bytes = longer;
+    if (bytes.length > MAX_PIXELS) {
+      reader.cancel().catch(() => {});
+      fail("limit", `the file is longer than ${MAX_PIXELS} bytes`);
+    }
     if (!waiting) continue;
     try {
       const header = readHeader(bytes, { partial: true });
@@ -44,8 +48,8 @@ async function readBody(response, onHeader) {
     } catch (error) {
       if (error.code === "truncated") continue; // the header goes on in the next chunk
       waiting = false;
-      // Of other faults the checksum is told first, which comes last; but this is no clric image, or of another version
-      if (error.code !== "magic" && error.code !== "version") continue;
+      // Of damage the checksum is told first, which comes last; but such an image would not be shown in any case
+      if (!["magic", "version", "limit"].includes(error.code)) continue;
       reader.cancel().catch(() => {});
       throw error;
     }

@@ -4,7 +4,8 @@
  *     <script type="module" src="node_modules/clric/src/polyfill.js"></script>
  *
  * The <img> stays, with its style, its `alt` and its listeners; its `src` becomes a blob of what was decoded, and
- * `data-clric-src` keeps the address. Needs `img-src blob:` where a page has a content security policy.
+ * `data-clric-src` keeps the address. Needs `img-src blob:`, and `connect-src` for the images, where a page has a
+ * content security policy.
  */
 import { decodeAside } from "./client.js";
 import { fetchStream } from "./fetch.js";
