@@ -136,15 +136,14 @@ def encode_files(
     measure = preset != INSTANT if measure is None else measure
     encoder = BatchEncoder(replace(settings, device="cpu"))
     encoder.load()  # what is wrong with the settings is said at once
-    files = list_files(sources, output)
+    files, failed = list_files(sources, output)
     manifest = Manifest(output)
     for file in files:
         file["made_of"] = made_of(settings.of_streams(), file.pop("version"))
     to_do = files if force else manifest.outdated(files)
-    failed: dict[str, str] = {}
     encoded = 0
     if not to_do:
-        return Report(0, len(files), {})
+        return Report(0, len(files), failed)
     with contextlib.closing(manifest), _cluster(address):
         make_folders(to_do)
         actors = _plan_actors(settings, threads, memory)

@@ -32,11 +32,14 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "modified")
 
 
-def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
-    """Source, output and version of each image file. Raises ClricError."""
+def list_files(sources: Sequence[str], output: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Source, output and version of each image file; and what is wrong with those whose output would be another's too.
+
+    Raises ClricError.
+    """
     files = []
     output = _address(*open_system(output))
-    outputs: dict[str, str] = {}
+    outputs: dict[str, list[str]] = {}
     for name in sources:
         system, path = open_system(name)
         try:
@@ -60,14 +63,19 @@ def list_files(sources: Sequence[str], output: str) -> list[dict[str, Any]]:
             source = _address(system, place)
             relative = PurePosixPath(posixpath.relpath(place, folder)).with_suffix(".clric")
             own = posixpath.join(output, str(relative))
-            if outputs.get(own) == source:  # it was named twice
+            writers = outputs.setdefault(own, [])
+            if source in writers:  # it was named twice
                 continue
-            if own in outputs:
-                raise ClricError(f"{outputs[own]} and {source} would both be written to {own}")
-            outputs[own] = source
+            writers.append(source)
             version = f"{info.get('size')} {next((info[key] for key in VERSION_KEYS if info.get(key)), None)}"
             files.append({"source": source, "output": own, "version": version})
-    return files
+    clashes = {
+        source: f"{' and '.join(other for other in writers if other != source)} would be written to {own} too"
+        for own, writers in outputs.items()
+        if len(writers) > 1
+        for source in writers
+    }
+    return [file for file in files if file["source"] not in clashes], clashes
 
 
 def make_folders(files: Sequence[dict[str, Any]]) -> None:
@@ -88,17 +96,9 @@ class Manifest:
         self._system, self._folder = open_system(output)
         self._output = output
         self._lines: dict[str, str] = {}
+        self._own: dict[str, str] = {}  # of this run
         self._new: list[str] = []
         self._written = time.monotonic()
-        try:
-            if not _is_object_store(self._system):
-                self._system.makedirs(self._folder, exist_ok=True)
-            for path in [self._path(MANIFEST), *self._parts()]:
-                with contextlib.suppress(FileNotFoundError):
-                    for line in self._system.cat_file(path).decode().splitlines():
-                        self._lines[json.loads(line)["source"]] = line
-        except Exception as error:  # as in `list_files`, or of a file that is no manifest
-            raise self._error("read", error) from error
         self.close()
 
     def outdated(self, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,18 +114,30 @@ class Manifest:
 
     def add(self, line: dict[str, Any]) -> None:
         text = json.dumps(line)
-        self._lines[line["source"]] = text
+        self._own[line["source"]] = text
         self._new.append(text)
         if time.monotonic() - self._written > WRITE_EVERY:
             self._write(f"manifest-{time.time_ns()}.part.jsonl", self._new)
             self._new, self._written = [], time.monotonic()
 
     def close(self) -> None:
-        """Writes the manifest as one file."""
-        parts = self._parts()
+        """Writes the manifest as one file, with the lines of other runs that go on meanwhile."""
+        parts: list[str] = []
+        try:
+            if not _is_object_store(self._system):
+                self._system.makedirs(self._folder, exist_ok=True)
+            parts = self._parts()
+            for path in [self._path(MANIFEST), *parts]:
+                with contextlib.suppress(FileNotFoundError):
+                    for line in self._system.cat_file(path).decode().splitlines():
+                        self._lines[json.loads(line)["source"]] = line
+        except Exception as error:  # as in `list_files`, or of a file that is no manifest
+            raise self._error("read", error) from error
+        self._lines |= self._own
         self._write(MANIFEST, self._lines.values())
-        if parts:
-            self._system.rm(parts)
+        for part in parts:
+            with contextlib.suppress(FileNotFoundError):  # another run has it too
+                self._system.rm(part)
 
     def _write(self, name: str, lines: Iterable[str]) -> None:
         try:

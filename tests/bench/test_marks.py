@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from clric_decoder import ClricError
 from clric_encoder.bench import marks
+from clric_encoder.bench.compare import latest
 from clric_encoder.bench.report import _cell, write_report
 from clric_encoder.bench.results import COLUMNS, ResultsFile, Row, read_rows
 
 V0 = Path(__file__).resolve().parents[2] / "results/v0/results.csv"
 
-TUNED, LITE = {"psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"}, {"ms_ssim", "ssim", "lpips_squeeze"}
+TUNED, LITE = {"psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"}, {"psnr", "ms_ssim", "ssim", "lpips_squeeze"}
 QUALITY = {
     "psnr": 30.0, "ssim": 0.9, "ms_ssim": 0.9, "lpips_alex": 0.3, "lpips_vgg": 0.3, "lpips_squeeze": 0.3,
     "dists": 0.2, "ssimulacra2": 40.0,
@@ -158,7 +159,7 @@ def test_crops_say_it_in_words() -> None:
     texts = {row["codec"]: _cell(row, "psnr", Path(), trained)[2] for row in ROWS if row["setting"] == "0"}
     assert texts["AVIF"] == "0.100 bpp, PSNR, dB 30.0"
     assert {codec for codec, text in texts.items() if text.endswith(" (trained on it)")} == {
-        "clric lite default tuned", "clric taesd default tuned through lite", "mbt2018",
+        "clric lite default tuned", "clric lite default untuned", "clric taesd default tuned through lite", "mbt2018",
     }  # fmt: skip
 
 
@@ -177,6 +178,26 @@ def test_old_results_are_read_as_untuned_and_can_be_added_to(tmp_path: Path) -> 
     file.append(ROWS[0])
     file.close()
     assert read_rows(tmp_path) == [*rows, ROWS[0]]
+
+
+def test_a_line_that_was_cut_within_a_letter_is_dropped_and_names_may_be_no_utf_8(tmp_path: Path) -> None:
+    file = ResultsFile(tmp_path)
+    named = {**ROWS[0], "image": "caf\udce9.png"}
+    file.append(named)
+    file.close()
+    with open(tmp_path / "results.csv", "ab") as results:
+        results.write("cut,é".encode()[:-1])
+    assert read_rows(tmp_path) == [named]
+    file = ResultsFile(tmp_path)
+    file.append(ROWS[1])
+    file.close()
+    assert read_rows(tmp_path) == [named, ROWS[1]]
+
+
+def test_of_rows_of_one_version_the_one_with_most_measures_is_shown() -> None:
+    poor, rich = {**ROWS[0], "measured": ""}, {**ROWS[0], "measured": "dists lpips_vgg"}
+    for rows in ([poor, rich], [rich, poor]):
+        assert latest(rows) == [rich]
 
 
 def test_columns_in_another_order_are_refused(tmp_path: Path) -> None:

@@ -381,3 +381,28 @@ def test_parts_of_a_manifest_are_read_in_any_folder(tmp_path: Path) -> None:
     again = Manifest(str(folder))
     assert list(again._lines) == ["a.png"]
     assert [path.name for path in folder.iterdir()] == ["manifest.jsonl"]
+
+
+def test_lines_of_runs_that_go_on_at_once_are_all_kept(tmp_path: Path) -> None:
+    from clric_encoder.farm_storage import Manifest
+
+    first = Manifest(str(tmp_path))
+    first.add({"source": "a.png", "error": None})
+    second = Manifest(str(tmp_path))
+    second._written -= 1000
+    second.add({"source": "b.png", "error": None})  # in a part
+    first.add({"source": "c.png", "error": None})
+    first.close()
+    second.close()
+    assert sorted(Manifest(str(tmp_path))._lines) == ["a.png", "b.png", "c.png"]
+
+
+def test_images_of_one_name_are_left_out_and_told(tmp_path: Path) -> None:
+    from clric_encoder.farm_storage import list_files
+
+    for name in ("a.jpg", "a.png", "b.png"):
+        (tmp_path / name).touch()
+    files, clashes = list_files([str(tmp_path)], str(tmp_path / "out"))
+    assert [Path(file["source"]).name for file in files] == ["b.png"]
+    assert {Path(source).name for source in clashes} == {"a.jpg", "a.png"}
+    assert all("a.clric too" in message for message in clashes.values())

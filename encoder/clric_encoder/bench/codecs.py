@@ -21,6 +21,7 @@ import clric_decoder
 import numpy as np
 from clric_decoder.errors import ModelError, one_line
 from clric_decoder.models import find_autoencoder, find_decoder
+from clric_decoder.registered_networks import FILE as REGISTERED_NETWORKS
 from PIL import Image, features
 
 Encode = Callable[[np.ndarray, str], bytes]
@@ -218,6 +219,7 @@ def _source_hash() -> str:
         for file in sorted(package.rglob("*.py")):
             if file.name not in ("cli.py", "terminal.py") and file.parent != Path(__file__).parent:
                 digest.update(file.read_bytes())
+    digest.update(REGISTERED_NETWORKS.read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -31,15 +31,22 @@ MIN_OVERLAP = 0.25
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The rows to be shown: of each image, codec and setting the last one, of each codec its last version only."""
+    """The rows to be shown: of each image, codec and setting one, of each codec its last version only.
+
+    Of several that is the one with most measures, and the last of those.
+    """
     rows = list(rows)
     versions = {row["codec"]: row["version"] for row in rows}
-    kept = {
-        (row["image_sha256"], row["codec"], row["setting"]): row
-        for row in rows
-        if row["version"] == versions[row["codec"]]
-    }
+    kept: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = row["image_sha256"], row["codec"], row["setting"]
+        if row["version"] == versions[row["codec"]] and _measures(row) >= _measures(kept.get(key, {})):
+            kept[key] = row
     return list(kept.values())
+
+
+def _measures(row: Row) -> int:
+    return len(row.get("measured", "").split())
 
 
 def is_clric(row: Row) -> bool:

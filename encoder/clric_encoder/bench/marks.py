@@ -32,7 +32,7 @@ TRAININGS = (
     ),
     Training(
         "the image decoder lite, on MS-SSIM, LPIPS-SqueezeNet and absolute error",
-        ("ms_ssim", "ssim", "lpips_squeeze"),
+        ("psnr", "ms_ssim", "ssim", "lpips_squeeze"),
         lambda row: vae_of(row) == "lite",
     ),
     Training(

@@ -219,7 +219,9 @@ def keep_features(folder: Path, name: str, image: np.ndarray, inception: Path) -
 
     network = _once(("inception", str(inception)), lambda: torch.jit.load(str(inception)).eval())
     (folder / FID).mkdir(exist_ok=True)
-    np.save(folder / FID / f"{name}.npy", fid_features(image, network).astype(np.float32))
+    file = io.BytesIO()
+    np.save(file, fid_features(image, network).astype(np.float32))
+    write_output(folder / FID / f"{name}.npy", file.getvalue())
 
 
 def crop_place(image: np.ndarray) -> tuple[int, int]:

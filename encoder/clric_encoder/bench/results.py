@@ -49,12 +49,13 @@ def read_rows(folder: Path) -> list[Row]:
 def _read(path: Path) -> tuple[tuple[str, ...], list[Row]]:
     """The header of a file and its rows, with all of `COLUMNS`."""
     try:
-        text = path.read_bytes().decode()
+        data = path.read_bytes()
+        text = data[: data.rfind(b"\n") + 1].decode(errors="surrogateescape")  # names of files may be no UTF-8
     except FileNotFoundError:
         return (), []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClricError(f"{path}: cannot be read ({error})") from error
-    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    except OSError as error:
+        raise ClricError(f"{path}: cannot be read ({error.strerror})") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
     header = tuple(next(reader, ()))
     if header != tuple(column for column in COLUMNS if column in header or column not in _ADDED):
         raise ClricError(f"{path} is from another version; choose another folder with -o")
@@ -90,7 +91,7 @@ class ResultsFile:
     def _write(self, cells: Iterable[str]) -> None:
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(cells)
-        self._file.write(line.getvalue().encode())
+        self._file.write(line.getvalue().encode(errors="surrogateescape"))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -106,7 +107,7 @@ def _give_all_columns(path: Path) -> None:
     if header != COLUMNS:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *([row[c] for c in COLUMNS] for row in rows)])
-        write_output(path, text.getvalue().encode())
+        write_output(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def number(row: Row, column: str) -> float | None:

@@ -3,6 +3,7 @@
 All are started by "spawn": they share nothing with the process that starts them, and hold what they import.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import sys
@@ -40,7 +41,8 @@ def do_all(
                 process, connection = idle.pop() if idle else _start(function)
                 task = waiting.popleft()
                 busy[connection] = process, task
-                connection.send(task)
+                with contextlib.suppress(OSError):  # it has died while it had nothing to do: `recv` will say so
+                    connection.send(task)
                 started(task)
             ready = wait(list(busy))
             for connection in [connection for connection in busy if connection in ready]:
@@ -48,7 +50,7 @@ def do_all(
                 try:
                     result = connection.recv()
                     idle.append((process, connection))
-                except EOFError:
+                except (EOFError, OSError):
                     process.join()
                     result = TaskError(f"its process exited with code {process.exitcode}, possibly out of memory")
                 yield task, result
