@@ -107,6 +107,7 @@ def command(
 
         return for_each(NAME, ((source,) for source in inputs), show)
 
+    inputs = list(dict.fromkeys(inputs))  # one that was named twice is decoded once
     nothing = Outputs([""] * len(inputs), named=True, clashes={})
     latents = images = nothing
     if latent is not None:

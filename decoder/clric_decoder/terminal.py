@@ -147,7 +147,7 @@ def list_inputs(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
             kind = suffixes[0] if len(suffixes) == 1 else "image"
             raise ClricError(f"{name}: no {kind} files found")
         inputs += files
-    return list(dict.fromkeys(inputs))  # one that was named twice is one
+    return inputs
 
 
 def split_output(

@@ -211,7 +211,7 @@ def command(
         )
     images, output = split_output(images, output, IMAGE_SUFFIXES, (".clric",))
     to_folder = any(map(os.path.isdir, images))
-    images = list_inputs(images, IMAGE_SUFFIXES)
+    images = list(dict.fromkeys(list_inputs(images, IMAGE_SUFFIXES)))  # one that was named twice is encoded once
     outputs = choose_outputs(images, output, ".clric", to_folder=to_folder, any_suffix=force)
     if json and STANDARD in outputs.places:
         raise click.UsageError("--json and the stream would both be written to standard output; name a file with -o")

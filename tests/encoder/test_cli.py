@@ -183,7 +183,7 @@ def test_images_of_one_name_fail_and_the_others_are_encoded(run: Run, tmp_path: 
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.jpg", "b.png"):
         write_photo(tmp_path / "in" / name)
-    result = run("clric-enc", "in", "-q", "--preset", "instant")
+    result = run("clric-enc", "in", "in/a.png", "-q", "--preset", "instant")
     assert (result.returncode, result.stderr.decode().splitlines()) == (
         1,
         [
