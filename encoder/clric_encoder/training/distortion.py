@@ -46,7 +46,7 @@ FEATURELESS = 0.008
 # D's curvature in units of the latent's mean squared error, by image decoder. Of random changes of the latent of
 # deviation 0.3 it is 0.8 to 1.3 with lite and 0.2 to 0.6 with small; along G it is larger. Measured for each image, the
 # smaller ones let functions overshoot: files grew, and were brought down at the picture's cost. These are by trial.
-CURVATURE, CURVATURES = 1.2, {"lite": 2.0}
+CURVATURE, CURVATURES = 2.0, {"small": 1.2}
 
 # Pixels that are decoded at once, at most: 512 x 512 and what is around them, for some 0.4 GB.
 TILE_PIXELS = 640 * 640

@@ -147,8 +147,8 @@ def _default(iterations: int, looks: int, steps: int, before_tuning: float = 1.0
 
 PRESETS = {
     "fast": _default(300, 5, 24),
-    # Targets through lite are nearer (its curvature is larger), and reached in fewer steps
-    "default": replace(_default(1500, 40, 44, before_tuning=0.6), tuning_through={"lite": _tuning(56, 20)}),
+    # Targets through small are further off (its curvature is smaller), and reached in more steps
+    "default": replace(_default(1500, 56, 20, before_tuning=0.6), tuning_through={"small": _tuning(40, 44)}),
     "slow": _default(4000, 130, 20),
     "paper": Preset(
         architecture=paper_architecture,
