@@ -234,7 +234,7 @@ def choose_outputs(
     if STANDARD in places and sys.stdout is not None and sys.stdout.isatty():
         raise click.UsageError("standard output is a terminal; name a file with -o")
     sources = {os.path.realpath(source) for source in inputs if source != STANDARD}
-    writers = dict[str, list[str]]()
+    writers = dict[str, tuple[str, list[str]]]()  # by the real path of a place: how it is called, and who writes there
     for source, place in zip(inputs, places, strict=True):
         key = place if place == STANDARD else os.path.realpath(place)
         if key in sources and output is None:
@@ -242,13 +242,10 @@ def choose_outputs(
         if key in sources:
             raise click.UsageError(f"output {place} is also an input; name another with -o")
         if key == STANDARD and key in writers:
-            raise click.UsageError(f"{writers[key][0]} and {source} would both be written to standard output")
-        writers.setdefault(key, []).append(source)
+            raise click.UsageError(f"{writers[key][1][0]} and {source} would both be written to standard output")
+        writers.setdefault(key, (place, []))[1].append(source)
     clashes = {
-        source: f"{' and '.join(other for other in group if other != source)} would be written to {place} too; name its"
-        " output with -o"
-        for source, place in zip(inputs, places, strict=True)
-        if len(group := writers[place if place == STANDARD else os.path.realpath(place)]) > 1
+        source: f"{message}; name its output with -o" for source, message in find_clashes(writers.values()).items()
     }
     if folder is not None and len(clashes) < len(inputs):
         try:
@@ -256,6 +253,16 @@ def choose_outputs(
         except OSError as error:
             raise ClricError(f"{folder}: the folder cannot be created ({error.strerror})") from error
     return Outputs(places, named, clashes)
+
+
+def find_clashes(writers: Iterable[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """What is wrong with each input whose output would be another's too. writers: outputs, each with its inputs."""
+    return {
+        source: f"{' and '.join(other for other in sources if other != source)} would be written to {place} too"
+        for place, sources in writers
+        if len(sources) > 1
+        for source in sources
+    }
 
 
 def print_existing(name: str, existing: Sequence[tuple[str, str]]) -> None:

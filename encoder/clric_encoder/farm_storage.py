@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 from clric_decoder.errors import ClricError, one_line
 from clric_decoder.files import write_output
-from clric_decoder.terminal import IMAGE_SUFFIXES
+from clric_decoder.terminal import IMAGE_SUFFIXES, find_clashes
 
 MANIFEST = "manifest.jsonl"
 
@@ -69,12 +69,7 @@ def list_files(sources: Sequence[str], output: str) -> tuple[list[dict[str, Any]
             writers.append(source)
             version = f"{info.get('size')} {next((info[key] for key in VERSION_KEYS if info.get(key)), None)}"
             files.append({"source": source, "output": own, "version": version})
-    clashes = {
-        source: f"{' and '.join(other for other in writers if other != source)} would be written to {own} too"
-        for own, writers in outputs.items()
-        if len(writers) > 1
-        for source in writers
-    }
+    clashes = find_clashes(outputs.items())
     return [file for file in files if file["source"] not in clashes], clashes
 
 

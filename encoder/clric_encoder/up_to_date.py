@@ -73,7 +73,7 @@ class Records:
             if time.monotonic() >= self._due:
                 self.write()
             elif self._timer is None:
-                self._timer = threading.Timer(self._due - time.monotonic(), self._write_later)
+                self._timer = threading.Timer(self._due - time.monotonic(), self.last_write)
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -92,15 +92,12 @@ class Records:
             self._due = time.monotonic() + 20 * (time.monotonic() - begin)
 
     def last_write(self) -> str | None:
-        """`write`, which gives what is wrong instead of raising it."""
+        """`write`, which gives what is wrong instead of raising it; the next one tries again."""
         try:
             self.write()
         except ClricError as error:
             return str(error)
         return None
-
-    def _write_later(self) -> None:
-        self.last_write()  # what it cannot write the next one tries again
 
     def _folder(self, place: str) -> dict[str, Any]:
         folder = Path(place).parent

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from importlib.metadata import version as installed
 from importlib.util import find_spec
 from pathlib import Path
@@ -357,7 +357,7 @@ def _zoo_codec(name: str) -> Codec:
     )
 
 
-@cache
+@lru_cache(maxsize=1)  # encoded and decoded one quality after the other; several fill the memory
 def _zoo_model(name: str, quality: int) -> Any:
     from compressai.zoo import image_models
 
