@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writeheader()
         writer.writerows(ROWS)
     (folder / "run.json").write_text(
-        json.dumps({"machine": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
+        json.dumps({"machines": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
     )
     (folder / "fd_vgg16").mkdir()
     random = np.random.default_rng(0)

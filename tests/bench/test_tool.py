@@ -99,7 +99,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Bench:
     program = Path(sys.executable).with_name("clric-bench")
     arguments = [program, "run", images, "-o", folder / "out", "--codec", "jpeg"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)
+    process = subprocess.Popen(
+        [*arguments, "--jobs", "2"], env=environment, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    )
     deadline = time.monotonic() + 120
     while not (folder / "out/results.csv").is_file() or len(table(folder / "out")) < 3:
         assert process.poll() is None
@@ -114,7 +116,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Bench:
     shutil.copy(images / "a.png", images / "twin.png")
     with open(folder / "out/results.csv", "a") as file:
         file.write("half a li")  # as a power cut leaves it
-    arguments += [*CLRIC, "--models", models]
+    arguments += [*CLRIC, "--models", models, "--jobs", "1"]
     result = subprocess.run(arguments, env=environment, capture_output=True, check=False, timeout=300)
     return Bench(images, models, folder / "out", process.returncode, before, result)
 
@@ -238,13 +240,15 @@ def test_the_report_holds_everything_in_itself(bench: Bench) -> None:
     assert references == pictures
 
 
-def test_the_report_says_what_is_missing_and_why(bench: Bench) -> None:
+def test_the_report_says_what_measured_and_what_is_missing_and_why(bench: Bench) -> None:
     for name in ("report.html", "summary.md"):
         text = (bench.folder / name).read_text()
         for measure in ("LPIPS alex", "LPIPS vgg", "LPIPS squeeze", "FID", "DISTS", "FD-VGG16", "butteraugli"):
             assert measure in text
         assert "--metrics DIR" in text
         assert "25.48" in text  # the paper's Table I
+        assert "2 jobs at once" in text  # of the run that was stopped
+        assert "1 job at once" in text
 
 
 def test_the_report_can_be_made_again_from_the_results_alone(bench: Bench, run: Run, tmp_path: Path) -> None:
@@ -279,7 +283,7 @@ def test_a_report_of_joined_runs_compares_means_over_the_same_images(run: Run, t
         writer.writeheader()
         writer.writerows(rows)
     (tmp_path / "results/run.json").write_text(
-        json.dumps({"machine": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
+        json.dumps({"machines": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
     )
     result = run("clric-bench", "report")
     assert result.returncode == 0, result.stderr
@@ -372,7 +376,7 @@ def test_results_of_other_columns_are_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results/results.csv").write_text("image,psnr\nphoto.png,3\n")
     (tmp_path / "results/run.json").write_text(
-        json.dumps({"machine": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
+        json.dumps({"machines": [], "photos": [], "unavailable": {}, "missing": {}, "failures": []})
     )
     assert_one_line(run("clric-bench", "report"), 1, "results.csv", "another version")
     assert (tmp_path / "results/results.csv").read_text() == "image,psnr\nphoto.png,3\n"

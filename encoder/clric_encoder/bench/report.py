@@ -49,11 +49,12 @@ _Trained = Mapping[str, frozenset[str]]
 class Run:
     """What a run leaves in run.json: what is true of all its rows, and what did not become one.
 
-    machine: lines for people. photos: all that were read. unavailable: codec -> why it could not run.
-    missing: measure -> why it could not be taken. failures: "image: what: why" of each.
+    machines: what measured the rows, in words: of the first run and of those that went on where it stopped. photos: all
+        that were read. unavailable: codec -> why it could not run. missing: measure -> why it could not be taken.
+        failures: "image: what: why" of each.
     """
 
-    machine: list[str]
+    machines: list[str]
     photos: list[Photo]
     unavailable: dict[str, str]
     missing: dict[str, str]
@@ -185,7 +186,7 @@ def _introduction(
         "# clric-bench",
         f"{len(rows)} results on {_images(len(names))} ({', '.join(sizes[:6])}{', ...' * (len(sizes) > 6)} pixels): "
         f"{', '.join(names)}.",
-        f"Machine: {'; '.join(run.machine)}.",
+        f"Measured on: {', and on: '.join(run.machines)}.",
         f"All means, in tables and plots, are {means_of}.",
     ]
     if shared.left_out:

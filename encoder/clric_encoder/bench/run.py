@@ -125,13 +125,17 @@ def run(
     except OSError as error:
         raise ClricError(f"{folder}: cannot be created ({error.strerror})") from error
     have = {row["id"] for row in read_rows(folder)}
+    machines = _machines(folder) if have else []
     tasks = _tasks(photos, usable, folder, metrics[0])
     missing = [task for task in tasks if task.id not in have]
     results = ResultsFile(folder)
     unavailable = {codec.name: codec.unavailable for codec in codecs if codec.unavailable}
 
+    if missing and (machine := _machine(jobs)) not in machines:
+        machines.append(machine)
+
     def leave() -> None:
-        Run(_machine(jobs), photos, unavailable, metrics[1], failures).write(folder)
+        Run(machines, photos, unavailable, metrics[1], failures).write(folder)
 
     leave()
     for number, photo in enumerate(photos):
@@ -194,10 +198,20 @@ def _seconds(task: Task) -> float:
     return (1 + task.codec.seconds) * pixels / _KODAK_PIXELS + 5 * task.alone
 
 
-def _machine(jobs: int) -> list[str]:
-    return [
-        f"{processor_name()}, {available_cpus()} CPUs",
-        f"{jobs} job{'s' * (jobs > 1)} at once",
-        f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}",
-        f"{datetime.now(timezone.utc):%Y-%m-%d}",
-    ]
+def _machines(folder: Path) -> list[str]:
+    """What measured the rows that are there."""
+    try:
+        return Run.read(folder).machines
+    except ClricError:  # run.json is lost, damaged, or of another version
+        return ["a machine that is not known"]
+
+
+def _machine(jobs: int) -> str:
+    return "; ".join(
+        (
+            f"{processor_name()}, {available_cpus()} CPUs",
+            f"{jobs} job{'s' * (jobs > 1)} at once",
+            f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}",
+            f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        )
+    )
