@@ -182,6 +182,11 @@ def distill(
     help="vgg16_lpips.npz. Without it, only clric's own feature network is used.",
 )
 @click.option(
+    "--squeezenet",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with SqueezeNet's LPIPS weights, to train on too.",
+)
+@click.option(
     "--streams",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the photos' streams, made with the autoencoder so far, to train its decoder on coded latents.",
@@ -220,6 +225,7 @@ def train(
     crops: int,
     learning_rate: float,
     lpips: Path | None,
+    squeezenet: Path | None,
     streams: Path | None,
     start: Path | None,
     decoder: str,
@@ -249,6 +255,7 @@ def train(
             crops=crops,
             learning_rate=learning_rate,
             lpips=lpips,
+            squeezenet=squeezenet,
             streams=streams,
             start=start,
             decoder=decoder,

@@ -237,6 +237,17 @@ def test_runs_that_start_from_another(photos: Path, tmp_path: Path) -> None:
         run("other channels", 4, start=checkpoint, channels=4)
 
 
+@pytest.mark.usefixtures("short")
+def test_features_of_squeezenet(photos: Path, tmp_path: Path, shared: Path) -> None:
+    def run(name: str, squeezenet: Path | None) -> bytes:
+        options = {"iterations": 2, "crop": 64, "crops": 2, "latents": ["lite"], "squeezenet": squeezenet}
+        return train(photos, tmp_path / name, **options)[0].read_bytes()  # type: ignore[arg-type]
+
+    assert run("with", shared / "metrics") != run("without", None)
+    with pytest.raises(ModelError, match="does not contain LPIPS weights"):
+        run("empty", tmp_path)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_each_of_several_encoders_gets_batches_of_photos_with_both_networks_of_features(count: int) -> None:
     got = {
