@@ -9,7 +9,7 @@ import pytest
 import torch
 from clric_decoder import decode, read_header
 from clric_decoder.autoencoder import decode_tiled, open_decoder
-from clric_decoder.models import LATENT_SPACES, find_decoder, image_decoder_number
+from clric_decoder.models import LATENT_SPACES, find_decoder, find_registered_decoder, image_decoder_number
 from clric_encoder import encode, instant
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.networks import load_decoder_network, load_encoder_network
@@ -85,11 +85,13 @@ def test_a_folder_given_by_the_user_comes_first(toy_models: Path, make_stream, t
     assert not np.array_equal(own, decode(data))
 
 
-@pytest.mark.parametrize(("space", "name"), [("sd1", "lite"), ("clric", "small")])
-def test_streams_can_name_the_decoders_by_the_weights_that_the_specification_has(space: str, name: str) -> None:
+@pytest.mark.parametrize(("space", "number", "name"), [("sd1", 2, "lite"), ("clric", 1, "small")])
+def test_streams_can_name_the_decoders_by_the_weights_that_the_specification_has(
+    space: str, number: int, name: str
+) -> None:
     _, manifest = find_decoder(name)
-    assert image_decoder_number(manifest) == 1
-    row = f"| `{space}` | 1 | `{name}`, `{manifest['sha256']}` |"
+    assert image_decoder_number(manifest) == number
+    row = f"| `{space}` | {number} | `{name}`, `{manifest['sha256']}` |"
     assert row in Path(__file__).parent.parent.joinpath("bitstream_spec.md").read_text()
 
 
@@ -97,6 +99,14 @@ def test_a_stream_names_the_decoder_that_it_was_trained_through() -> None:
     photo = np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)
     assert read_header(encode(photo, preset="fast")).image_decoder == 1
     assert read_header(encode(photo, preset="fast", tune="none")).image_decoder == 0
+
+
+def test_files_of_1_0_are_shown_by_the_weights_that_they_were_trained_for(make_stream) -> None:
+    before = find_registered_decoder("sd1", 1)
+    assert before is not None
+    data = make_stream(image_decoder=1)
+    assert np.array_equal(decode(data), decode(data, vae=str(before)))
+    assert not np.array_equal(decode(data), decode(make_stream(image_decoder=2)))
 
 
 @pytest.mark.parametrize(("space", "name"), [("sd1", "lite"), ("clric", "small")])

@@ -150,7 +150,10 @@ AUTOENCODERS: dict[str, Autoencoder] = {
 # Image decoders that a stream can name as the one it was trained for (specification, "The image decoder"): by latent
 # space and number, the name and the SHA-256 of the ONNX file. New weights get a new number.
 IMAGE_DECODERS: dict[str, dict[int, tuple[str, str]]] = {
-    "sd1": {1: ("lite", "e184c717f4daafb03bcfbad44cdcc2d9f13ee2ffe6aa2d230933f34c330c0a45")},
+    "sd1": {
+        1: ("lite", "e184c717f4daafb03bcfbad44cdcc2d9f13ee2ffe6aa2d230933f34c330c0a45"),  # in weights/1.0
+        2: ("lite", "98486452a57ca0980c670bdd9d45087fe5a06aa10f00b6d0cc27202568e0e7e0"),
+    },
     "clric": {1: ("small", "4dbbc28b086a2b5a667d7c5292041ac6349f970b6d7744133c50a0c236803bdb")},
 }
 

@@ -3,12 +3,12 @@
     photo crop -> encoder -> latent y -> quantised with a random step d -> decoder -> image, compared with the crop
                                          `-> prior -> bits
 
-There is no teacher: the photos are the target. Training starts from `lite`: its decoder, widened to more channels, and
-an encoder that has learned to give lite's latents. From random weights the rate collapses the latent before the decoder
-has learned to use it. Runs are seeded,
-checkpointed and resumed where they were stopped. The learning rate is constant after a warm-up, and what is measured
-and exported is a moving average of the weights: a run can be stopped at any time. A separate decay at the end brings
-the last of the gain. A GPU computes LPIPS-VGG in every iteration, and prepares crops in other processes.
+There is no teacher: the photos are the target. Training starts from `lite` of 1.0: its decoder, widened to more
+channels, and an encoder that has learned to give lite's latents. From random weights the rate collapses the latent
+before the decoder has learned to use it. Runs are seeded, checkpointed and resumed where they were stopped. The
+learning rate is constant after a warm-up, and what is measured and exported is a moving average of the weights: a run
+can be stopped at any time. A separate decay at the end brings the last of the gain. A GPU computes LPIPS-VGG in every
+iteration, and prepares crops in other processes.
 
 The mesh. A decoder with pixel shuffles has separate weights for each pixel of an 8 x 8 block, so nothing makes its
 response to a constant latent constant. The difference is a pattern of period 8, some grey levels strong, which other
@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from clric_decoder.cpus import available_cpus
 from clric_decoder.errors import ClricError, ModelError, brief
+from clric_decoder.models import find_registered_decoder
 from clric_encoder.autoencoder import fast_dtype
 from clric_encoder.networks import (
     Network,
@@ -240,7 +241,7 @@ def write_networks(model: nn.ModuleDict, channels: int, name: str, space: str | 
 
 
 def start_networks(channels: int, size: str = "small") -> nn.ModuleDict:
-    """A random encoder and prior, and a decoder of one of the sizes: a small one has the weights of `lite`, widened.
+    """A random encoder and prior, and a decoder of one of the sizes: a small one is `lite` of 1.0, widened.
 
     The new weights of its first layer have 0.3 of the old ones' deviation. channels: at least 4.
     """
@@ -249,7 +250,7 @@ def start_networks(channels: int, size: str = "small") -> nn.ModuleDict:
     if size != "small":
         return networks
     state = decoder.state_dict()
-    for name, old in load_decoder_network("lite").module.state_dict().items():
+    for name, old in load_decoder_network(str(find_registered_decoder("sd1", 1))).module.state_dict().items():
         new = state[name]
         if new.shape == old.shape:
             new.copy_(old)

@@ -15,7 +15,8 @@ from clric_encoder.bench.results import COLUMNS, ResultsFile, Row, read_rows
 
 V0 = Path(__file__).resolve().parents[2] / "results/v0/results.csv"
 
-TUNED, LITE = {"psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"}, {"psnr", "ms_ssim", "ssim", "lpips_squeeze"}
+TUNED = {"psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"}
+LITE = TUNED | {"lpips_squeeze"}
 QUALITY = {
     "psnr": 30.0, "ssim": 0.9, "ms_ssim": 0.9, "lpips_alex": 0.3, "lpips_vgg": 0.3, "lpips_squeeze": 0.3,
     "dists": 0.2, "ssimulacra2": 40.0,

@@ -107,7 +107,7 @@ def test_pipes(run: Run, stream: bytes, toy: list[str], toy_models: Path) -> Non
 def test_a_stream_that_another_decoder_shows_is_said(
     run: Run, file: Path, make_stream: Callable[..., bytes], toy: list[str]
 ) -> None:
-    file.write_bytes(make_stream(45, 33, image_decoder=1))
+    file.write_bytes(make_stream(45, 33, image_decoder=2))
     result = run("clric-dec", file.name, *toy)
     assert (result.returncode, file.with_suffix(".png").exists()) == (0, True)
     assert result.stderr == (
@@ -121,7 +121,7 @@ def test_a_stream_that_another_decoder_shows_is_said(
 def test_other_weights_by_the_name_of_a_streams_decoder_are_not_taken_for_it(
     run: Run, file: Path, make_stream: Callable[..., bytes], toy_models: Path
 ) -> None:
-    file.write_bytes(make_stream(45, 33, image_decoder=1))
+    file.write_bytes(make_stream(45, 33, image_decoder=2))
     models = file.parent / "models"
     models.mkdir()
     shutil.copy(toy_models / "toy.onnx", models / "lite.onnx")

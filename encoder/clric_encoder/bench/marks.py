@@ -31,8 +31,8 @@ TRAININGS = (
         lambda row: row["tune"] not in ("", "none"),
     ),
     Training(
-        "the image decoder lite, on MS-SSIM, LPIPS-SqueezeNet and absolute error",
-        ("psnr", "ms_ssim", "ssim", "lpips_squeeze"),
+        "the image decoder lite, on absolute error, MS-SSIM, LPIPS-SqueezeNet and (not that of 1.0) LPIPS-VGG",
+        ("psnr", "ms_ssim", "ssim", "lpips_squeeze", "lpips_vgg", "fd_vgg16"),
         lambda row: vae_of(row) == "lite",
     ),
     Training(
