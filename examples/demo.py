@@ -18,16 +18,16 @@ from clric_encoder.training.distortion import ms_ssim, structure
 from PIL import Image, ImageDraw, ImageFont, features
 
 OUT = Path(__file__).resolve().parent.parent / "demo-out"
+PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
 QUALITIES = (30, 70)
 
 
 def main() -> None:
     """Encodes, decodes, compares, and says where the results are."""
     OUT.mkdir(exist_ok=True)
-    photo = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
-    original = read_image(photo).pixels
+    original = read_image(PHOTO).pixels
     height, width = original.shape[:2]
-    print(f"{photo.name}, {width} x {height}; as PNG {len(as_file(original, 'png')):,} bytes\n")
+    print(f"{PHOTO.name}, {width} x {height}; as PNG {len(as_file(original, 'png')):,} bytes\n")
 
     top, bottom = [(original, f"original ({width} x {height})")], []
     for quality in QUALITIES:
