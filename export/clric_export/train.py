@@ -181,8 +181,8 @@ def train(
         raise ClricError("a large decoder is trained for the latents of another run; name its checkpoint (--start)")
     encoders = [load_encoder_network(other) for other in latents]
     if encoders:
-        if decoder != "small" or start is not None:
-            raise ClricError("a decoder for the latents of other autoencoders is small and starts from lite")
+        if decoder != "small":
+            raise ClricError("a decoder for the latents of other autoencoders is small")
         spaces = {encoder.space for encoder in encoders}
         if len(spaces) > 1:
             raise ClricError(f"the latents are of more than one space: {', '.join(sorted(spaces))}")
@@ -345,12 +345,15 @@ class _Run:
     def start_from(self, checkpoint: Path) -> None:
         """Takes the averaged weights of another run, and the number of its iterations if all is trained on.
 
-        A large decoder begins as the small one. Raises ModelError for a checkpoint that does not fit.
+        A decoder for other autoencoders' latents takes those of its decoder, and a large one begins as the small one.
+        Raises ModelError for a checkpoint that does not fit.
         """
         state = _read(checkpoint)
         weights = {name: value.float() for name, value in state["average"].items()}
         try:
-            if self.only_decoder:
+            if "encoder" not in self.model:
+                weights = {name: value for name, value in weights.items() if name.startswith("decoder.")}
+            elif self.only_decoder:
                 networks = start_networks(self.settings.channels)
                 networks.load_state_dict(weights)
                 small, decoder = networks["decoder"], copy.deepcopy(self._decoder).cpu()

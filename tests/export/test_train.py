@@ -280,8 +280,23 @@ def test_a_decoder_for_latents_of_other_encoders(photos: Path, tmp_path: Path) -
         train(photos, tmp_path / "spaces", latents=["lite", "small"])
     with pytest.raises(ClricError, match="of the space sd1, not sdxl"):
         train(photos, tmp_path / "spaces", latents=["lite"], space="sdxl")
-    with pytest.raises(ClricError, match="is small and starts from lite"):
+    with pytest.raises(ClricError, match="of other autoencoders is small"):
         run("large", 1, decoder="large", start=tmp_path / "whole" / "checkpoint.pt")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_decoder_for_latents_of_other_encoders_starts_from_another_run(photos: Path, tmp_path: Path) -> None:
+    """From a run of a decoder alone, and from one of all networks, it begins as the decoder of that run."""
+
+    def run(name: str, **settings: object) -> Path:
+        options = {"iterations": 2, "crop": 64, "crops": 2, "learning_rate": 0.01, **settings}
+        return train(photos, tmp_path / name, **options)[0]  # type: ignore[arg-type]
+
+    for settings in ({"latents": ["lite"]}, {"space": "clric"}):
+        space = {"latents": ["lite"]} if "latents" in settings else {"latents": ["small"]}
+        first = run(f"first {space}", **settings)
+        same = run(f"same {space}", **space, start=tmp_path / f"first {space}" / "checkpoint.pt", learning_rate=0.0)
+        assert same.read_bytes() == first.read_bytes()
 
 
 def test_a_large_decoder_begins_as_the_small_one() -> None:
