@@ -194,7 +194,7 @@ def distill(
 @click.option(
     "--start",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Checkpoint of another run whose weights to start from, instead of those of lite.",
+    help="Checkpoint of another run whose weights to start from, instead of those of lite 1.0.",
 )
 @click.option(
     "--decoder",

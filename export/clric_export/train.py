@@ -89,8 +89,8 @@ ROUNDED_SHARE = 0.5
 # finds what the student does not see. On a GPU it is cheap, and the student is not used at all.
 LPIPS_EVERY, LPIPS_WEIGHT, LPIPS_WEIGHT_ALONE = 4, 0.6, 0.5
 
-# SqueezeNet's LPIPS, where it is given, has another of these iterations, on whole crops. It sees other errors: 500
-# iterations with it brought DISTS, which no loss has, from 8 % fewer bytes to 14 (`lite`, decoder alone).
+# SqueezeNet's LPIPS, where it is given, has another of these iterations, on windows like the student's. It sees other
+# errors: 500 iterations with it brought DISTS, which no loss has, from 8 % fewer bytes to 14 (`lite`, decoder alone).
 SQUEEZENET_WEIGHT = 0.6
 
 # Crops are shifted by up to this many pixels before features are computed: their raster has this period.

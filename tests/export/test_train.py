@@ -292,10 +292,10 @@ def test_a_decoder_for_latents_of_other_encoders_starts_from_another_run(photos:
         options = {"iterations": 2, "crop": 64, "crops": 2, "learning_rate": 0.01, **settings}
         return train(photos, tmp_path / name, **options)[0]  # type: ignore[arg-type]
 
-    for settings in ({"latents": ["lite"]}, {"space": "clric"}):
-        space = {"latents": ["lite"]} if "latents" in settings else {"latents": ["small"]}
-        first = run(f"first {space}", **settings)
-        same = run(f"same {space}", **space, start=tmp_path / f"first {space}" / "checkpoint.pt", learning_rate=0.0)
+    for other, settings in (("lite", {"latents": ["lite"]}), ("small", {"space": "clric"})):
+        first = run(other, **settings)
+        checkpoint = tmp_path / other / "checkpoint.pt"
+        same = run(f"{other} again", latents=[other], start=checkpoint, learning_rate=0.0)
         assert same.read_bytes() == first.read_bytes()
 
 

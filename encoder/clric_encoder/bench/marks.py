@@ -23,21 +23,23 @@ class Training:
 
 
 # SSIM is one scale of MS-SSIM, and goes with it. DISTS has features of VGG16 too, but nothing was trained on it.
+_LOSSES = ("psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16")
+
 TRAININGS = (
     Training("clric, on the latent", ("latent_mse",), is_clric),
     Training(
         "clric where tuned, on squared error, MS-SSIM and features distilled from LPIPS-VGG",
-        ("psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"),
+        _LOSSES,
         lambda row: row["tune"] not in ("", "none"),
     ),
     Training(
         "the image decoder lite, on absolute error, MS-SSIM, LPIPS-SqueezeNet and (not that of 1.0) LPIPS-VGG",
-        ("psnr", "ms_ssim", "ssim", "lpips_squeeze", "lpips_vgg", "fd_vgg16"),
+        (*_LOSSES, "lpips_squeeze"),
         lambda row: vae_of(row) == "lite",
     ),
     Training(
         "the autoencoder small, on absolute error, MS-SSIM, LPIPS-VGG and features distilled from it",
-        ("psnr", "ms_ssim", "ssim", "lpips_vgg", "fd_vgg16"),
+        _LOSSES,
         lambda row: vae_of(row) == "small",
     ),
     Training("CompressAI's models, on squared error", ("psnr",), lambda row: "metric=mse" in row["version"]),
