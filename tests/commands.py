@@ -1,6 +1,7 @@
 """What the tests of the commands share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,11 @@ def assert_one_line(result: "subprocess.CompletedProcess[bytes]", code: int, *pa
     assert message.startswith(f"{Path(result.args[0]).name}: "), message
     assert message.count("\n") == 1, message
     assert all(part in message for part in parts), message
+
+
+def hear_interrupts() -> None:
+    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def loaded_modules(run: Run, command: str, *arguments: str | Path) -> set[str]:

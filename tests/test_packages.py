@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clric_decoder import decode_latent
+from commands import POSIX, hear_interrupts
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,3 +227,21 @@ def test_a_group_without_a_command_prints_its_help(
     result = run(command)
     assert (result.returncode, result.stdout) == (2, b"")
     assert result.stderr == run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@POSIX
+def test_control_c_is_quiet_while_a_command_is_still_importing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name(name), "--version"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear_interrupts,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert (process.returncode, message) == (130, b"")

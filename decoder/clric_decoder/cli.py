@@ -233,5 +233,5 @@ def _as_text(source: str, facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point of clric-dec."""
+    """The whole process."""
     end_process(run_command(command, NAME))

@@ -478,5 +478,5 @@ def _bar(images: int, show: bool) -> Iterator[_View]:
 
 
 def main() -> None:
-    """Entry point of clric-enc."""
+    """The whole process."""
     end_process(run_command(command, NAME))

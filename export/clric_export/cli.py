@@ -423,5 +423,5 @@ def _libraries() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point of clric-export."""
+    """The whole process."""
     sys.exit(run_command(command, NAME))

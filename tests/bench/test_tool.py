@@ -25,7 +25,7 @@ from clric_decoder.networks import mac_per_pixel
 from clric_encoder import encode
 from clric_encoder.autoencoder import load_encoder
 from clric_encoder.bench.results import COLUMNS
-from commands import POSIX, assert_one_line
+from commands import POSIX, assert_one_line, hear_interrupts
 from diffusers.models.autoencoders.vae import EncoderTiny
 from PIL import Image
 from safetensors.torch import save_file
@@ -57,11 +57,6 @@ def write_photo(path: Path, height: int, width: int) -> None:
 
 
 pytestmark = POSIX  # the fixture interrupts a run
-
-
-def hear_interrupts() -> None:
-    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def table(folder: Path) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from clric_decoder import decode, decode_latent, read_header
 from clric_decoder.networks import count_parameters, mac_per_pixel
-from commands import IS_ROOT, LINUX, POSIX, assert_one_line, loaded_modules
+from commands import IS_ROOT, LINUX, POSIX, assert_one_line, hear_interrupts, loaded_modules
 from PIL import Image
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -347,11 +347,6 @@ def test_disk_that_fills_up_midway(run: Run, tmp_path: Path, file: Path, toy: li
     assert_one_line(result, 1, "older.png: cannot be written (File too large)")
     assert older.read_bytes() == b"older"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["older.png", "photo.clric"]
-
-
-def hear_interrupts() -> None:
-    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @POSIX

@@ -19,7 +19,7 @@ from clric_encoder import batch_encoder, cli
 from clric_encoder.batch_encoder import Settings
 from clric_encoder.rate import Rate
 from clric_encoder.up_to_date import Records, made_of
-from commands import LINUX, POSIX, assert_one_line, loaded_modules
+from commands import LINUX, POSIX, assert_one_line, hear_interrupts, loaded_modules
 from conftest import MakeStream, Run
 from PIL import Image
 
@@ -73,11 +73,6 @@ def test_a_bad_image_stops_no_other_and_the_outputs_are_beside(run: Run, tmp_pat
     assert facts["lambda"] == pytest.approx(0.5 * 10**0.75)
     assert 0 <= facts["latent_mse"] < 10
     assert decode_latent(data).shape == (8, 2, 3)
-
-
-def hear_interrupts() -> None:
-    """In a child: a shell's background jobs, and what they start, would ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("text", [b"bpp, latent MSE", b"compiling (once on this machine)"])

@@ -304,5 +304,5 @@ def _progress(failures: list[tuple[str, str]]) -> "Iterator[Watcher]":
 
 
 def main() -> None:
-    """Entry point of clric-bench."""
+    """The whole process."""
     sys.exit(run_command(command, NAME))
