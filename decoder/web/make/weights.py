@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-NAMES = ("small", "lite")
+NAMES = ("small", "lite", "1.0/lite")
 SHIPPED = Path(__file__).resolve().parents[2] / "clric_decoder" / "weights"
 OUT = Path(__file__).resolve().parents[1] / "weights"
 
@@ -32,6 +32,7 @@ def main() -> None:
     """Converts all decoders."""
     for name in NAMES:
         path = OUT / f"{name}.bin"
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(convert(name))
         print(f"{path}: {path.stat().st_size:,} bytes")
 

@@ -7,10 +7,13 @@ import { decodeLatent } from "./latent.js";
 import { openDecoder } from "./onnx.js";
 import { makeWasmDecoder } from "./wasm_decoder.js";
 
-/** The image decoders that come with this package, by latent space. */
+/** The image decoders that come with this package, by latent space and the number that streams name them by. */
 const WEIGHTS = {
-  clric: () => new URL("../weights/small.bin", import.meta.url),
-  sd1: () => new URL("../weights/lite.bin", import.meta.url),
+  clric: { 1: () => new URL("../weights/small.bin", import.meta.url) },
+  sd1: {
+    1: () => new URL("../weights/1.0/lite.bin", import.meta.url),
+    2: () => new URL("../weights/lite.bin", import.meta.url),
+  },
 };
 const shippedDecoders = new Map();
 
@@ -22,9 +25,9 @@ const shippedDecoders = new Map();
 export async function decodeImage(bytes, { decoder, ort, maxPixels } = {}, loadOrt) {
   const start = performance.now();
   const latent = decodeLatent(bytes, { maxPixels });
-  const { width, height, space } = latent.header;
+  const { width, height, space, imageDecoder: number } = latent.header;
   const latentTime = performance.now() - start;
-  const imageDecoder = await (decoder ? openDecoder(decoder, ort, loadOrt) : shippedDecoder(space));
+  const imageDecoder = await (decoder ? openDecoder(decoder, ort, loadOrt) : shippedDecoder(space, number));
   if (imageDecoder.space !== space) {
     fail("model", `image decoder ${imageDecoder.name} is of latent space ${imageDecoder.space}, the stream of ${space}`);
   }
@@ -34,16 +37,18 @@ export async function decodeImage(bytes, { decoder, ort, maxPixels } = {}, loadO
   return { data, width, height, timings: { latent: latentTime, image: imageTime } };
 }
 
-async function shippedDecoder(space) {
-  const weights = WEIGHTS[space];
-  if (!weights) fail("model", `no image decoder for latent space ${space} comes with clric; give one as "decoder"`);
-  if (!shippedDecoders.has(space)) {
+/** The one with this number; for others, and for streams that name none, the newest of the space. */
+async function shippedDecoder(space, number) {
+  const registered = WEIGHTS[space];
+  if (!registered) fail("model", `no image decoder for latent space ${space} comes with clric; give one as "decoder"`);
+  const weights = registered[number] ?? registered[Math.max(...Object.keys(registered))];
+  if (!shippedDecoders.has(weights)) {
     const wasm = new URL("./image_decoder.wasm", import.meta.url);
     const imageDecoder = startDecoder(wasm, weights());
-    shippedDecoders.set(space, imageDecoder);
-    imageDecoder.catch(() => shippedDecoders.delete(space)); // a download that failed is tried again with the next image
+    shippedDecoders.set(weights, imageDecoder);
+    imageDecoder.catch(() => shippedDecoders.delete(weights)); // a failed download is tried again with the next image
   }
-  return shippedDecoders.get(space);
+  return shippedDecoders.get(weights);
 }
 
 async function startDecoder(wasm, weights) {

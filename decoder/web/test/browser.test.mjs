@@ -19,6 +19,7 @@ const PHOTO = "/conformance/valid/image-decoder-clric-1.clric";
 const PHOTO_SD1 = "/conformance/valid/size-odd-131x77.clric";
 // Latents of usual magnitude, which those of some vectors are not.
 const USUAL_SD1 = "/conformance/valid/size-portrait-40x200.clric";
+const OLD_SD1 = "/conformance/valid/image-decoder-sd1-1.clric"; // made for the image decoder of 1.0
 const OTHER_SPACE = "/conformance/valid/space-flux1.clric";
 const DAMAGED = "/conformance/invalid/checksum-cut.clric";
 // No script but those of the origin, no eval; WebAssembly must be allowed by name. Workers and blobs as the README says.
@@ -75,7 +76,7 @@ test("all conformance vectors in Chromium", { skip }, () =>
     assert.ok(result.streams > 100);
   }));
 
-for (const [name, photo] of [["small", PHOTO], ["lite", USUAL_SD1]]) {
+for (const [name, photo] of [["small", PHOTO], ["lite", USUAL_SD1], ["1.0/lite", OLD_SD1]]) {
   test(`the WebAssembly decoder ${name} is within one grey level of onnxruntime-web`, { skip }, () =>
     withPage("/empty", async (page) => {
       const result = await page.evaluate(async ([photo, decoder, ort]) => {
@@ -547,7 +548,7 @@ test("the page of `make web` compares by keyboard, and decodes a visitor's file"
 });
 
 test("the weights are those of the ONNX files that are shipped", () => {
-  for (const name of ["small", "lite"]) {
+  for (const name of ["small", "lite", "1.0/lite"]) {
     const manifest = JSON.parse(readFileSync(new URL(`../../clric_decoder/weights/${name}.json`, here)));
     const weights = readFileSync(new URL(`../weights/${name}.bin`, here));
     const header = JSON.parse(weights.subarray(4, 4 + weights.readUInt32LE(0)));
