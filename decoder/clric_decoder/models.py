@@ -154,7 +154,10 @@ IMAGE_DECODERS: dict[str, dict[int, tuple[str, str]]] = {
         1: ("lite", "e184c717f4daafb03bcfbad44cdcc2d9f13ee2ffe6aa2d230933f34c330c0a45"),  # in weights/1.0
         2: ("lite", "98486452a57ca0980c670bdd9d45087fe5a06aa10f00b6d0cc27202568e0e7e0"),
     },
-    "clric": {1: ("small", "4dbbc28b086a2b5a667d7c5292041ac6349f970b6d7744133c50a0c236803bdb")},
+    "clric": {
+        1: ("small", "4dbbc28b086a2b5a667d7c5292041ac6349f970b6d7744133c50a0c236803bdb"),  # in weights/1.0
+        2: ("small", "8250fc3a5e1e3c8dfe5756ad4a925f03efe982d1077c7ca5744714635e528d51"),
+    },
 }
 
 # The encoders of kind tiny and lite: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image's size, and channels.

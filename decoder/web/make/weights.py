@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-NAMES = ("small", "lite", "1.0/lite")
+NAMES = ("small", "lite", "1.0/small", "1.0/lite")
 SHIPPED = Path(__file__).resolve().parents[2] / "clric_decoder" / "weights"
 OUT = Path(__file__).resolve().parents[1] / "weights"
 

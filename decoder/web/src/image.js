@@ -9,7 +9,10 @@ import { makeWasmDecoder } from "./wasm_decoder.js";
 
 /** The image decoders that come with this package, by latent space and the number that streams name them by. */
 const WEIGHTS = {
-  clric: { 1: () => new URL("../weights/small.bin", import.meta.url) },
+  clric: {
+    1: () => new URL("../weights/1.0/small.bin", import.meta.url),
+    2: () => new URL("../weights/small.bin", import.meta.url),
+  },
   sd1: {
     1: () => new URL("../weights/1.0/lite.bin", import.meta.url),
     2: () => new URL("../weights/lite.bin", import.meta.url),

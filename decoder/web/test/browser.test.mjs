@@ -15,7 +15,8 @@ const folders = {
   "/shipped/": new URL("../../clric_decoder/weights/", here),
 };
 const ORT = "/package/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
-const PHOTO = "/conformance/valid/image-decoder-clric-1.clric";
+const PHOTO = "/conformance/valid/image-decoder-clric-1.clric"; // made for the image decoder of 1.0
+const NEW = "/conformance/valid/function-12.clric";
 const PHOTO_SD1 = "/conformance/valid/size-odd-131x77.clric";
 // Latents of usual magnitude, which those of some vectors are not.
 const USUAL_SD1 = "/conformance/valid/size-portrait-40x200.clric";
@@ -76,7 +77,7 @@ test("all conformance vectors in Chromium", { skip }, () =>
     assert.ok(result.streams > 100);
   }));
 
-for (const [name, photo] of [["small", PHOTO], ["lite", USUAL_SD1], ["1.0/lite", OLD_SD1]]) {
+for (const [name, photo] of [["small", NEW], ["1.0/small", PHOTO], ["lite", USUAL_SD1], ["1.0/lite", OLD_SD1]]) {
   test(`the WebAssembly decoder ${name} is within one grey level of onnxruntime-web`, { skip }, () =>
     withPage("/empty", async (page) => {
       const result = await page.evaluate(async ([photo, decoder, ort]) => {
@@ -548,7 +549,7 @@ test("the page of `make web` compares by keyboard, and decodes a visitor's file"
 });
 
 test("the weights are those of the ONNX files that are shipped", () => {
-  for (const name of ["small", "lite", "1.0/lite"]) {
+  for (const name of ["small", "1.0/small", "lite", "1.0/lite"]) {
     const manifest = JSON.parse(readFileSync(new URL(`../../clric_decoder/weights/${name}.json`, here)));
     const weights = readFileSync(new URL(`../weights/${name}.bin`, here));
     const header = JSON.parse(weights.subarray(4, 4 + weights.readUInt32LE(0)));

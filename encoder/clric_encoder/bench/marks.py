@@ -38,8 +38,9 @@ TRAININGS = (
         lambda row: vae_of(row) == "lite",
     ),
     Training(
-        "the autoencoder small, on absolute error, MS-SSIM, LPIPS-VGG and features distilled from it",
-        _LOSSES,
+        "the autoencoder small, on absolute error, MS-SSIM, LPIPS-VGG, features distilled from it and (not the image"
+        " decoder of 1.0) LPIPS-SqueezeNet",
+        (*_LOSSES, "lpips_squeeze"),
         lambda row: vae_of(row) == "small",
     ),
     Training("CompressAI's models, on squared error", ("psnr",), lambda row: "metric=mse" in row["version"]),
