@@ -233,5 +233,5 @@ def _as_text(source: str, facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The whole process."""
+    """Runs the command line, and ends the process with its exit code."""
     end_process(run_command(command, NAME))

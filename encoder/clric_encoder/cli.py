@@ -478,5 +478,5 @@ def _bar(images: int, show: bool) -> Iterator[_View]:
 
 
 def main() -> None:
-    """The whole process."""
+    """Runs the command line, and ends the process with its exit code."""
     end_process(run_command(command, NAME))

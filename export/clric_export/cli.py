@@ -423,5 +423,5 @@ def _libraries() -> Iterator[None]:
 
 
 def main() -> None:
-    """The whole process."""
+    """Runs the command line, and ends the process with its exit code."""
     sys.exit(run_command(command, NAME))

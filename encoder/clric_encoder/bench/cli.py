@@ -304,5 +304,5 @@ def _progress(failures: list[tuple[str, str]]) -> "Iterator[Watcher]":
 
 
 def main() -> None:
-    """The whole process."""
+    """Runs the command line, and ends the process with its exit code."""
     sys.exit(run_command(command, NAME))
