@@ -189,6 +189,7 @@ def describe(header: "Header") -> dict[str, Any]:
         "height": header.height,
         "latent_space": header.space,
         "image_decoder": IMAGE_DECODERS.get(header.space, {}).get(header.image_decoder, (None,))[0],
+        "image_decoder_number": header.image_decoder,
         "latent": [header.channels, header.latent_height, header.latent_width],
         "grids": [list(shape) for shape in header.grid_shapes],
         "function": header.function,
@@ -211,6 +212,7 @@ def _as_text(source: str, facts: dict[str, Any]) -> str:
     """`describe` for people."""
     parts, complexity = facts["bytes"], facts["mac_per_pixel"]
     channels, *size = facts["latent"]
+    trained_for, number = facts["image_decoder"] or "unknown", facts["image_decoder_number"]
     levels = [
         (f"level {level}", f"{size:,} bytes, {shape[0]} x {shape[1]} x {shape[2]}")
         for level, (shape, size) in enumerate(zip(facts["grids"], parts["levels"], strict=True))
@@ -220,7 +222,7 @@ def _as_text(source: str, facts: dict[str, Any]) -> str:
         ("rate", f"{facts['bpp']:.4f} bpp, {parts['total']:,} bytes"),
         ("format", f"version {facts['version']}"),
         ("latent", f"{facts['latent_space']}, {channels} x {size[0]} x {size[1]}"),
-        ("trained for", facts["image_decoder"] or "none"),
+        ("trained for", f"{trained_for} (number {number})" if number else "none"),
         ("function", f"{facts['function'] or 'of its own'}: {facts['architecture']}"),
         ("parameters", f"{facts['parameters']:,}"),
         ("header", f"{parts['header']:,} bytes"),

@@ -193,6 +193,19 @@ def test_info_says_what_json_says(run: Run, file: Path, stream: bytes) -> None:
     assert f"total {facts['mac_per_pixel']['total']:.2f}" in text
 
 
+@pytest.mark.parametrize(
+    ("number", "name", "said"), [(0, None, "none"), (1, "lite", "lite (number 1)"), (7, None, "unknown (number 7)")]
+)
+def test_info_says_what_a_stream_was_trained_for(
+    run: Run, file: Path, make_stream: Callable[..., bytes], number: int, name: str | None, said: str
+) -> None:
+    file.write_bytes(make_stream(image_decoder=number))
+    facts = json.loads(run("clric-dec", "--json", file.name).stdout)
+    assert (facts["image_decoder"], facts["image_decoder_number"]) == (name, number)
+    lines = run("clric-dec", "--info", file.name).stdout.decode().splitlines()
+    assert [line.removeprefix("  trained for").strip() for line in lines if "trained for" in line] == [said]
+
+
 def test_info_of_a_name_that_is_no_utf8(run: Run, tmp_path: Path, stream: bytes) -> None:
     name = os.fsdecode(b"caf\xe9.clric")
     (tmp_path / name).write_bytes(stream)
