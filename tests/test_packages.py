@@ -229,12 +229,16 @@ def test_a_group_without_a_command_prints_its_help(
     assert result.stderr == run(command, "--help").stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [[Path(sys.executable).with_name(name)] for name in COMMANDS]
+    + [[sys.executable, "-m", "clric", half] for half in ("enc", "dec")],
+)
 @POSIX
-def test_control_c_is_quiet_while_a_command_is_still_importing(name: str, tmp_path: Path) -> None:
+def test_control_c_is_quiet_while_a_command_is_still_importing(command: list[str | Path], tmp_path: Path) -> None:
     (tmp_path / "click.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen(
-        [Path(sys.executable).with_name(name), "--version"],
+        [*command, "--version"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

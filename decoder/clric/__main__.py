@@ -2,6 +2,8 @@
 
 import sys
 
+from clric_decoder.start import load, start
+
 from . import ClricError, __version__, encoder_package
 
 USAGE = """\
@@ -16,17 +18,15 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     sys.argv[1:] = arguments
     if name == "dec":
-        from clric_decoder.cli import main as decode
-
-        decode()
+        start("clric_decoder.cli")
     elif name == "enc":
         try:
             with encoder_package():
-                from clric_encoder.cli import main as encode
+                encoder = load("clric_encoder.cli")
         except ClricError as error:
             print(f"clric: {error}", file=sys.stderr)
             sys.exit(1)
-        encode()
+        encoder.main()
     elif name == "--version":
         print(f"clric {__version__}")
     elif name in ("-h", "--help"):
